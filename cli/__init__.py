@@ -1,0 +1,1 @@
+"""Commands for people: start a simulated federation and follow it."""

@@ -1,0 +1,1 @@
+"""The ClientApp: message in, private local training, noised update out."""

@@ -1,0 +1,1 @@
+"""What both sides of the federation agree on: settings, message keys, error codes, run files."""

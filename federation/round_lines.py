@@ -1,0 +1,38 @@
+"""One round in one line, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes with a unit, in powers of 1000.
+
+    >>> human_bytes(1234567)
+    '1.2 MB'
+    """
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def human_epsilon(epsilon: float | None) -> str:
+    """Write an epsilon; ``None`` means that nothing is guaranteed."""
+    return "none (NOT PRIVATE)" if epsilon is None else f"{epsilon:.2f}"
+
+
+def round_line(row: Mapping[str, Any], rounds: int) -> str:
+    """Describe a line of ``metrics.jsonl``: round, accuracy, epsilon, bytes, time left."""
+    line = (
+        f"round {row['round']:>{len(str(rounds))}}/{rounds}  accuracy {row['accuracy']:6.1%}  "
+        f"epsilon {human_epsilon(row['epsilon'])}  "
+        f"up {human_bytes(row['bytes_up'])}  down {human_bytes(row['bytes_down'])}"
+    )
+    if row["round"]:
+        line += f"  clients {row['clients']}/{row['clients'] + row['failures']}"
+        left = row["seconds"] / row["round"] * (rounds - row["round"])
+        line += f"  {left:.0f} s left" if row["round"] < rounds else f"  {row['seconds']:.0f} s"
+    return line

@@ -1,0 +1,99 @@
+"""The folder that a run leaves behind: settings, metrics by round, result, adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def default_runs_folder() -> Path:
+    """Where runs go when ``output-dir`` is empty."""
+    named = os.environ.get("FLOWER_DP_LORA_RUNS")
+    return Path(named).expanduser() if named else Path.home() / "flower-dp-lora" / "runs"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` holds all of it or what it held before, even in a crash."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class RunFolder:
+    """One run's folder.
+
+    ``settings.json`` (what was asked), ``metrics.jsonl`` (one line a round, round 0 first),
+    ``result.json`` (the end, written last), ``adapter/`` (PEFT's format).
+
+    Parameters
+    ----------
+    path : Path
+        The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.settings = path / "settings.json"
+        self.adapter = path / "adapter"
+
+    @classmethod
+    def create(cls, runs: Path, *, method: str, run_id: int) -> RunFolder:
+        """Make the folder of a new run; its name ends in the run id."""
+        folder = cls(runs / f"{time.strftime('%Y%m%d-%H%M%S')}-{method}-{run_id}")
+        folder.path.mkdir(parents=True)
+        return folder
+
+    @classmethod
+    def find(cls, runs: Path, run_id: int) -> RunFolder | None:
+        """The folder of a run, once it exists."""
+        found = sorted(runs.glob(f"*-{run_id}"))
+        return cls(found[-1]) if found else None
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Keep the settings of the run."""
+        write_atomically(self.settings, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one round's line, on disk when this returns."""
+        line = json.dumps({key: _plain(value) for key, value in row.items()}) + "\n"
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Write the result; its presence says that the run is complete."""
+        plain = {key: _plain(value) for key, value in result.items()}
+        write_atomically(self.result, json.dumps(plain, indent=2) + "\n")
+
+    def read_metrics(self) -> Iterator[dict[str, Any]]:
+        """Lines written so far; one that is still being written is left for later."""
+        if not self.metrics.exists():
+            return
+        for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+    def read_result(self) -> dict[str, Any]:
+        """The result of a complete run."""
+        result: dict[str, Any] = json.loads(self.result.read_text(encoding="utf-8"))
+        return result
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: what has no finite value (epsilon without privacy) is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

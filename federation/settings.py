@@ -1,0 +1,122 @@
+"""The run config as one checked object, put together from the rooms' own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from privacy.settings import PrivacySettings
+from strategies.settings import StrategySettings
+from task.settings import DataSettings, LoRASettings, ModelSettings
+
+Value = str | int | float | bool
+
+_IMAGE_DATA = ("embedded", "npz", "image-folder")
+
+
+class SettingsError(ValueError):
+    """The run config cannot be used; the text names every key at fault, one a line."""
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Settings(BaseModel):
+    """All settings of a run; frozen, checked before anything is loaded.
+
+    Each room owns the model of its own part (``strategy.*``, ``privacy.*``, ``model.*``,
+    ``lora.*``, ``data.*``); this class adds the few keys that belong to the run as a whole and
+    refuses contradictions between rooms.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="Public seed of everything but the privacy noise and the Poisson batches.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda:\d+)$",
+        description="Where models run: auto, cpu or cuda:N; a site's node config overrides it.",
+    )
+    output_dir: str = Field(
+        default="",
+        description="Folder on the server that gets one folder per run; empty: "
+        "$FLOWER_DP_LORA_RUNS, else ~/flower-dp-lora/runs.",
+    )
+    strategy: StrategySettings = Field(default_factory=StrategySettings)
+    privacy: PrivacySettings = Field(default_factory=lambda: PrivacySettings(sample_rate=0.2))
+    model: ModelSettings = Field(default_factory=ModelSettings)
+    lora: LoRASettings = Field(default_factory=LoRASettings)
+    data: DataSettings = Field(default_factory=DataSettings)
+
+    @model_validator(mode="after")
+    def _rooms_agree(self) -> Self:
+        if self.model.source == "transformers" and self.data.source in _IMAGE_DATA:
+            raise ValueError(
+                f"model.source = 'transformers' classifies text, data.source = "
+                f"{self.data.source!r} holds images; accepted: a text source (csv, tsv, jsonl, "
+                "parquet, hub), or model.source = 'embedded' or 'timm'"
+            )
+        if self.strategy.method == "dp-lora" and (
+            self.privacy.max_grad_norm_a or self.privacy.max_grad_norm_b
+        ):
+            raise ValueError(
+                "privacy.max-grad-norm-a and -b belong to steps that train one factor; "
+                "strategy.method = 'dp-lora' trains both at once: accepted is 0"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Most private steps of a client: rounds x local steps."""
+        return self.strategy.num_rounds * self.strategy.local_steps
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Value]) -> Self:
+        """Check Flower's flat run config (dotted kebab-case keys).
+
+        Raises
+        ------
+        SettingsError
+            Naming each key at fault, what it got and what it takes.
+        """
+        nested: dict[str, Any] = {}
+        for key, value in run_config.items():
+            group, dot, rest = key.partition(".")
+            if dot:
+                nested.setdefault(group, {})[rest] = value
+            else:
+                nested[key] = value
+        try:
+            return cls.model_validate(nested)
+        except ValidationError as error:
+            raise SettingsError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    lines = ["the run config is not usable:"]
+    for detail in error.errors(include_url=False):
+        key = ".".join(_kebab(str(part)) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"  {key}: no such setting; known are {', '.join(_siblings(detail))}")
+        elif detail["type"] == "value_error":  # our validators name keys and values themselves
+            lines.append(f"  {detail['ctx']['error']}")
+        else:
+            lines.append(f"  {key}: got {detail['input']!r}; {detail['msg']}")
+    return "\n".join(lines)
+
+
+def _siblings(detail: Any) -> list[str]:
+    owner: type[BaseModel] = Settings
+    for part in detail["loc"][:-1]:
+        owner = Settings.model_fields[str(part)].annotation or Settings
+    return sorted(_kebab(name) for name in owner.model_fields)

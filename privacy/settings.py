@@ -1,0 +1,79 @@
+"""Settings of the privacy room: the ``privacy.*`` keys of the run config."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class PrivacySettings(BaseModel):
+    """What privacy a run asks for (keys ``privacy.*``).
+
+    These are wishes; the numbers that are finally used (noise multiplier, rate, normaliser)
+    are fixed once, in a :class:`~privacy.plan.PrivacyPlan`, and nowhere else.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+    mode: Literal["record", "none"] = Field(
+        default="record",
+        description="Unit of protection: one record of one client, or no privacy at all.",
+    )
+    target_epsilon: float = Field(
+        default=8.0,
+        gt=0,
+        le=100,
+        description="Epsilon of the whole run, all rounds together.",
+    )
+    target_delta: float = Field(
+        default=1e-5, gt=0, lt=1, description="Delta of the whole run; below 1 / records."
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Clip norm C of one record's joint gradient over all active tensors.",
+    )
+    max_grad_norm_a: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="C of A-only steps; 0: max-grad-norm."
+    )
+    max_grad_norm_b: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="C of B-only steps; 0: max-grad-norm."
+    )
+    sample_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Poisson rate q, the same at every client; 0: by expected-batch-size.",
+    )
+    expected_batch_size: int = Field(
+        default=0,
+        ge=0,
+        description="Common expected batch b; each client's rate is min(1, b / records). "
+        "0: by sample-rate.",
+    )
+    engine: Literal["hooks"] = Field(
+        default="hooks", description="How per-example gradients are computed."
+    )
+    insecure_test_seed: int = Field(
+        default=-1,
+        ge=-1,
+        description="Tests only: 0 or more draws noise and batches from this seed, which voids "
+        "the guarantee; -1: the operating system's secure generator.",
+    )
+
+    @model_validator(mode="after")
+    def _one_sampling_rule(self) -> Self:
+        if (self.sample_rate > 0) == (self.expected_batch_size > 0):
+            raise ValueError(
+                "exactly one of privacy.sample-rate and privacy.expected-batch-size must be "
+                f"above 0, got {self.sample_rate} and {self.expected_batch_size}"
+            )
+        return self

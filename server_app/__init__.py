@@ -1,0 +1,1 @@
+"""The ServerApp: settings, strategy, central evaluation, adapter export, result."""
