@@ -1,0 +1,57 @@
+# Two commands set everything up: `make run` and `make test`.  `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# What `make run` runs; empty means the app's own setting in pyproject.toml.
+METHOD ?=
+EPSILON ?=
+ROUNDS ?=
+CLIENTS ?= 5
+SEED ?=
+CONFIG ?=
+
+# CPU builds and tested versions.  With a GPU: make install CONSTRAINTS=
+CONSTRAINTS ?= constraints-cpu.txt
+STAMP := $(VENV)/.installed
+
+.PHONY: help install run test test-fast lint format clean
+.DEFAULT_GOAL := help
+
+help: ## List the commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP) ## Make .venv and install everything into it
+
+# Only what the installation depends on: editing code does not install anew.
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@echo "Installing into $(VENV): a few minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $$($(BIN)/python tools/requirements.py)
+	@touch $@
+
+run: install ## Run a private federation of simulated clients (METHOD= EPSILON= ROUNDS= CLIENTS= SEED= CONFIG=)
+	@$(BIN)/python -m cli.run --clients $(CLIENTS) \
+		$(if $(METHOD),--method $(METHOD)) $(if $(EPSILON),--epsilon $(EPSILON)) \
+		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(CONFIG),--config '$(CONFIG)')
+
+test: install ## Run all tests
+	$(BIN)/python -m pytest
+
+test-fast: install ## Run the tests that start no other processes
+	$(BIN)/python -m pytest -m "not slow and not deploy"
+
+lint: install ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install ## Format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what was made here, the runs excepted
+	rm -rf $(VENV) .flwr .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

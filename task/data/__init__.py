@@ -1,0 +1,18 @@
+"""The records that are learned from: loading, checking, splitting over clients, encoding."""
+
+from __future__ import annotations
+
+from .cache import ProcessCache, simulation_cache
+from .labels import class_names, num_labels
+from .load import load_client_records, load_test_records
+from .records import Records
+
+__all__ = [
+    "ProcessCache",
+    "Records",
+    "class_names",
+    "load_client_records",
+    "load_test_records",
+    "num_labels",
+    "simulation_cache",
+]
