@@ -100,6 +100,7 @@ class GlyphBank:
 
     @property
     def num_classes(self) -> int:
+        """Number of shape classes."""
         return int(self.labels.max()) + 1
 
 

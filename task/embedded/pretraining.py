@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from . import glyphs
-from .pixels import counts_to_grey, resize_greys
+from .pixels import counts_to_grey
 from .progress import Report, silent
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Recipe:
     seed: int = 20240607
     fonts: tuple[str, ...] = glyphs.FONT_FILES
     ranges: tuple[tuple[int, int], ...] = glyphs.LETTER_RANGES
-    distortion: glyphs.Distortion = glyphs.Distortion()
+    distortion: glyphs.Distortion = field(default_factory=glyphs.Distortion)
     images: int = 48_000
     epochs: int = 3
     batch_size: int = 64
@@ -133,10 +133,20 @@ def pretrain(recipe: Recipe, report: Report = silent) -> Pretrained:
 
 
 def _as_backbone_sees(counts: np.ndarray, recipe: Recipe) -> torch.Tensor:
-    import torch
+    """Glyphs through the very encoder that the sites' records will go through."""
+    import numpy as np
 
-    greys = resize_greys(counts_to_grey(counts), recipe.image_size, recipe.interpolation)
-    return ((torch.from_numpy(greys).float() / 255 - recipe.mean) / recipe.std)[:, None]
+    from ..encoders import ImageEncoder
+
+    encoder = ImageEncoder(
+        channels=1,
+        size=recipe.image_size,
+        interpolation=recipe.interpolation,
+        mean=(recipe.mean,),
+        std=(recipe.std,),
+    )
+    pixels = np.stack([encoder.pixels(image) for image in counts_to_grey(counts)])
+    return encoder.tensors(pixels)["pixel_values"]
 
 
 def _fresh_model(recipe: Recipe, num_classes: int) -> Any:
@@ -182,7 +192,7 @@ def _fit(
                 model(pixels[rows]), labels[rows], label_smoothing=recipe.label_smoothing
             )
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
             optimizer.step()
             schedule.step()

@@ -44,13 +44,15 @@ def _bar() -> Iterator[Report]:
 
 
 def _lines() -> Report:
-    last = {"stage": "", "time": 0.0}
+    last_stage = ""
+    last_time = 0.0
 
     def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_stage, last_time
         now = time.monotonic()
-        due = now - float(last["time"]) >= _SECONDS_BETWEEN_LINES
-        if due or stage != last["stage"] or done == total:
+        due = now - last_time >= _SECONDS_BETWEEN_LINES
+        if due or stage != last_stage or done == total:
             print(f"{stage}: {done}/{total}", file=sys.stderr, flush=True)
-            last.update(stage=stage, time=now)
+            last_stage, last_time = stage, now
 
     return report

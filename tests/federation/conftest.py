@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from client_app.round_handler import handle_train
@@ -14,52 +14,35 @@ from federation.run_files import RunFolder
 from federation.settings import Settings
 from server_app.federation_run import run_federation
 from task.data import simulation_cache
-from tests import models
 from tests.fake_grid import FakeGrid
+from tests.federation.tiny import RunConfig, changed, make_tiny
 
-RunConfig = dict[str, str | int | float | bool]
+Federate = Callable[..., tuple[RunFolder, FakeGrid]]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Give the run config of a federation that trains in a second."""
-    folder = tmp_path_factory.mktemp("federation")
-    (folder / "vit").mkdir()
-    models.make_vit(folder / "vit")
-    generator = np.random.default_rng(0)
-    labels = np.arange(240) % 3
-    images = generator.integers(0, 60, (240, 16, 16), dtype=np.uint8)
-    for label in range(3):  # a bright bar where the label says
-        images[labels == label, 5 * label : 5 * label + 4] += 150
-    data = folder / "data.npz"
-    np.savez(data, x_train=images[:180], y_train=labels[:180], x_test=images[180:],
-             y_test=labels[180:])  # fmt: skip
-    return {
-        "model.source": "timm",
-        "model.name": str(folder / "vit"),
-        "data.source": "npz",
-        "data.path": str(data),
-        "data.num-labels": 3,
-        "data.partitioner": "iid",
-        "lora.r": 2,
-        "lora.lora-alpha": 2,
-        "strategy.num-rounds": 2,
-        "strategy.local-steps": 2,
-        "privacy.sample-rate": 0.3,
-        "device": "cpu",
-    }
+    return make_tiny(tmp_path_factory.mktemp("federation"))
 
 
 @pytest.fixture
-def federate(tiny: RunConfig, tmp_path: Path) -> Callable[..., tuple[RunFolder, FakeGrid]]:
-    """Run a federation; keyword ``handlers`` replaces the three honest clients."""
+def runs(tmp_path: Path) -> Path:
+    """Give the folder in which :func:`federate` keeps its runs."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def federate(tiny: RunConfig, runs: Path) -> Federate:
+    """Run a federation; ``handlers`` replaces the three honest clients, ``grid_type`` the grid."""
     simulation_cache.clear()
     _session.cache_clear()
+    ids = itertools.count(7)
 
-    def run(handlers=None, *, run_id: int = 7, **changes) -> tuple[RunFolder, FakeGrid]:
-        config = {**tiny, "output-dir": str(tmp_path / "runs")}
-        config.update({key.replace("__", ".").replace("_", "-"): v for key, v in changes.items()})
-        grid = FakeGrid(handlers or [handle_train] * 3, config)
+    def run(handlers=None, *, grid_type=FakeGrid, run_id: int | None = None, **changes):
+        config = changed({**tiny, "output-dir": str(runs)}, **changes)
+        grid = grid_type(handlers or [handle_train] * 3, config)
+        run_id = next(ids) if run_id is None else run_id
         return run_federation(grid, Settings.from_run_config(config), run_id=run_id), grid
 
     return run
