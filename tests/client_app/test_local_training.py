@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -107,7 +108,7 @@ class Scripted:
         values = [*self.values, {name: p.detach() for name, p in after.items()}]
         return [
             {name for name in one if not torch.equal(one[name], two[name])}
-            for one, two in zip(values, values[1:], strict=False)
+            for one, two in itertools.pairwise(values)
         ]
 
 

@@ -451,10 +451,10 @@ def test_the_backbone_is_built_once_per_process(site, monkeypatch):
 def test_noise_is_secure_by_default(site):
     """The same message twice: whoever can reproduce the noise can subtract it."""
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     one = handle_train(site.message(), site.context(0))
     torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     two = handle_train(site.message(), site.context(0))
     first, second = update_of(one), update_of(two)
     for name in first:

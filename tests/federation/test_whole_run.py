@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import math
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from flwr.app import Message, RecordDict
+from safetensors.torch import load_file
 
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
@@ -33,16 +34,23 @@ SEEDED = {"privacy__insecure_test_seed": 5}
 
 def independent_epsilon(statement, steps: int) -> float:
     """Google's accountant, asked in its own words; none of our code."""
-    event = PoissonSampledDpEvent(
-        statement["sample-rate"], GaussianDpEvent(statement["noise-multiplier"])
+    return _epsilon(
+        statement["sample-rate"], statement["noise-multiplier"], steps, statement["target-delta"]
     )
+
+
+@functools.cache
+def _epsilon(rate: float, noise: float, steps: int, delta: float) -> float:
+    event = PoissonSampledDpEvent(rate, GaussianDpEvent(noise))
     accountant = PLDAccountant()
     accountant.compose(SelfComposedDpEvent(event, steps))
-    return accountant.get_epsilon(statement["target-delta"])
+    return accountant.get_epsilon(delta)
 
 
 def adapter_bytes(folder) -> bytes:
-    return (folder.adapter / "adapter_model.safetensors").read_bytes()
+    """All bits of all tensors.  (The file's own header names its metadata in a random order.)"""
+    state = load_file(folder.adapter / "adapter_model.safetensors")
+    return b"".join(name.encode() + state[name].numpy().tobytes() for name in sorted(state))
 
 
 def without_data(message, context):
@@ -125,7 +133,10 @@ def test_the_reported_accuracy_is_the_last_rounds(federate, monkeypatch):
 
 
 def test_the_model_learns_where_privacy_does_not_stand_in_its_way(federate):
-    folder, _ = federate(**QUICK, strategy__num_rounds=10, strategy__local_steps=4)
+    rates = {f"strategy__lr_{kind}": 0.1 for kind in ("a", "b", "head")}
+    folder, _ = federate(
+        **QUICK, **SEEDED, **rates, strategy__num_rounds=8, strategy__local_steps=4
+    )
     result = folder.read_result()
     assert result["accuracy_start"] < 0.5 < 0.8 < result["accuracy_end"]
 
@@ -160,7 +171,7 @@ def test_a_client_that_promises_nothing_takes_the_federations_guarantee(federate
 
 
 def test_a_run_in_which_nobody_could_train_fails_and_leaves_no_result(federate, runs):
-    with pytest.raises(NothingLearned, match="none of the 2 rounds.*strategy.min-train-nodes"):
+    with pytest.raises(NothingLearned, match=r"none of the 2 rounds.*strategy\.min-train-nodes"):
         federate([without_data] * 3, **QUICK)
     (folder,) = runs.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "settings.json"]
@@ -168,8 +179,6 @@ def test_a_run_in_which_nobody_could_train_fails_and_leaves_no_result(federate, 
 
 def test_rounds_that_fail_after_a_good_one_keep_what_was_learned(federate):
     def first_round_only(message, context):
-        context_rounds = context.state.setdefault("seen", RecordDict) if False else None
-        assert context_rounds is None
         first = message.content[ROUND_PLAN_KEY]["server-round"] == 1
         return handle_train(message, context) if first else without_data(message, context)
 
@@ -231,27 +240,13 @@ def test_a_common_batch_size_accounts_the_rate_that_samples(federate):
     assert {reply.content["privacy"]["sample-rate"] for reply in grid.received} == {1.0}
 
 
-def test_a_late_reply_of_a_client_that_trained_is_spent_budget_all_the_same(federate):
-    """A client that answers out of time has still shown its update to the server."""
-    replies = {}
-
-    def late(message, context):
-        replies[context.node_id] = handle_train(message, context)
-        return None
-
-    folder, _ = federate([handle_train, handle_train, late])
-    assert folder.read_result()["clients"] == 2
-    assert replies[3].content["privacy"]["steps"] == 4
-    assert math.isfinite(folder.read_result()["epsilon"])
-
-
 @pytest.mark.xfail(
     strict=True,
     reason="only replies that enter the mean are observed: a client whose update is refused has "
     "released it all the same, and its steps are missing from the federation's epsilon",
 )
 def test_a_refused_update_is_counted_in_the_federations_epsilon(federate):
-    """Clients 1 and 2 drop out after round 1; client 3 spends both rounds, spoilt by a NaN."""
+    """Clients 1 and 2 drop out after round 1; client 3 spends both rounds on void replies."""
 
     def once(message, context):
         first = message.content[ROUND_PLAN_KEY]["server-round"] == 1

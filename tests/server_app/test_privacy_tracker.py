@@ -91,9 +91,7 @@ VOID = {
     "not secure": ConfigRecord({**HONEST, "secure-noise": False}),
     "secure as text": ConfigRecord({**HONEST, "secure-noise": "true"}),
     "secure as 1": ConfigRecord({**HONEST, "secure-noise": 1}),
-    **{
-        f"no {key}": ConfigRecord({k: v for k, v in HONEST.items() if k != key}) for key in HONEST
-    },
+    **{f"no {key}": ConfigRecord({k: v for k, v in HONEST.items() if k != key}) for key in HONEST},
     **{f"{key} as text": ConfigRecord({**HONEST, key: "0.3"}) for key in HONEST},
     **{f"{key} as list": ConfigRecord({**HONEST, key: [0.3]}) for key in HONEST},
 }

@@ -1,0 +1,105 @@
+"""The project's own files agree with each other."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+ROOMS = ("strategies", "privacy", "task", "federation", "client_app", "server_app", "cli")
+
+# What a room may import of the other rooms; docs/architecture.md says why.
+MAY_IMPORT = {
+    "strategies": set(),
+    "privacy": set(),
+    "task": set(),
+    "federation": {"strategies", "privacy", "task"},
+    "client_app": {"strategies", "privacy", "task", "federation"},
+    "server_app": {"strategies", "privacy", "task", "federation"},
+    "cli": {"federation", "task"},
+}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w-]+", text).group() for text in requirements}
+
+
+def imports_of(room: str) -> set[str]:
+    found = set()
+    for file in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_downwards_only(room):
+    assert imports_of(room) & (set(ROOMS) - {room}) <= MAY_IMPORT[room]
+
+
+def test_privacy_knows_nothing_of_flower_and_strategies_nothing_of_models():
+    assert "flwr" not in imports_of("privacy")
+    assert imports_of("strategies").isdisjoint({"peft", "timm", "transformers", "opacus"})
+
+
+def test_flowers_uv_sync_has_nothing_to_resolve():
+    """Flower syncs the app's dependencies for every run, extras included; see pyproject.toml."""
+    project = PYPROJECT["project"]
+    declared = names(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        declared |= names(extra)
+    assert set(PYPROJECT["tool"]["uv"]["exclude-dependencies"]) == declared
+
+
+def test_constraints_name_only_what_is_declared_or_pulled_in():
+    lines = (ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines()
+    pinned = names([line for line in lines if line and not line.startswith("#")])
+    excluded = set(PYPROJECT["tool"]["uv"]["exclude-dependencies"])
+    assert pinned - excluded == {"torchvision", "ray"}  # come with timm and flwr[simulation]
+
+
+def test_the_settings_page_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "settings_page.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_bundle_holds_the_rooms_and_nothing_else(tmp_path):
+    from flwr.cli.build import build_fab_from_disk
+
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as fab:
+        files = [name for name in fab.namelist() if not name.startswith(".info/")]
+    tops = {name.split("/")[0] for name in files}
+    assert tops == {*ROOMS, "pyproject.toml", "LICENSE"} - {"cli"}
+    assert sum(name.endswith(".py") for name in files) == sum(
+        len(list((ROOT / room).rglob("*.py"))) for room in ROOMS if room != "cli"
+    )
+
+
+def test_files_named_in_the_docs_exist():
+    """Tests and code that a page points to, and the links between pages."""
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        for path, test in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+            if test:
+                assert f"def {test}(" in (ROOT / path).read_text(encoding="utf-8"), test
