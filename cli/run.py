@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -14,9 +15,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
+from flwr.common.config import parse_config_args
+
 from federation.round_lines import human_bytes, human_epsilon, round_line
 from federation.run_files import RunFolder
 from federation.settings import Settings, SettingsError, Value
+from task.errors import ModelError
 
 from .superlink import (
     SuperLinkError,
@@ -40,9 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = parse_overrides(options)
         settings = Settings.from_run_config({**default_run_config(), **overrides})
+        _check_clients(options.clients, settings)
         _prepare_backbone(settings)
         folder = _run(options, settings, overrides)
-    except (SettingsError, SuperLinkError, RunFailed) as error:
+    except (SettingsError, SuperLinkError, RunFailed, ModelError, OSError) as error:
         print(f"\nFAILED: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -99,13 +105,24 @@ def parse_overrides(options: argparse.Namespace) -> dict[str, Value]:
                 f"EPSILON: got {options.epsilon!r}; accepted is a number above 0, or none"
             ) from None
     for text in options.config:
-        try:
-            # One `key=value` an item or several with blanks between, as `flwr run -c` takes them.
-            lines = re.sub(r"\s+(?=[\w.-]+\s*=)", "\n", text.strip())
-            overrides.update(flatten(tomllib.loads(lines)))
-        except tomllib.TOMLDecodeError as error:
-            raise SettingsError(f"CONFIG: {text!r} is not key=value in TOML: {error}") from None
+        overrides.update(_parse_config(text))
     return overrides
+
+
+def _parse_config(text: str) -> dict[str, Value]:
+    """Read settings as ``flwr run -c`` does: pairs with blanks between, or a TOML file's path."""
+    if not text.strip():
+        return {}
+    try:
+        pairs = parse_config_args([text])
+    except (click.ClickException, OSError, tomllib.TOMLDecodeError):
+        pairs = {}
+    if not pairs:
+        raise SettingsError(
+            f"CONFIG: got {text!r}; accepted are key=value pairs with blanks between, texts in "
+            "double quotes, or the path of a .toml file"
+        )
+    return pairs
 
 
 def simulation_config(clients: int, gpus: int) -> str:
@@ -121,7 +138,8 @@ def simulation_config(clients: int, gpus: int) -> str:
     config = f"num-supernodes={clients} client-resources-num-cpus=1"
     if gpus:
         workers = min(clients, os.cpu_count() or 1)
-        share = min(1.0, gpus / workers)
+        # No worker is split over two GPUs, and rounding up would leave the last one without.
+        share = math.floor(1e4 / math.ceil(workers / gpus)) / 1e4
         config += f" client-resources-num-gpus={share:.4f}"
     return config
 
@@ -161,6 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output-dir", default=str(ROOT / "runs"), help="where runs are kept")
     return parser
+
+
+def _check_clients(clients: int, settings: Settings) -> None:
+    needed = max(settings.strategy.min_available_nodes, settings.strategy.min_train_nodes)
+    if clients < needed:
+        raise SettingsError(
+            f"CLIENTS: got {clients}; accepted are {needed} or more (strategy.min-available-nodes, "
+            "strategy.min-train-nodes)"
+        )
 
 
 def _prepare_backbone(settings: Settings) -> None:
@@ -259,7 +286,7 @@ def _count_gpus() -> int:
 def _toml(value: Value) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 if __name__ == "__main__":

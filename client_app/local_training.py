@@ -39,19 +39,21 @@ def train_round(
     TrainingError
         If a tensor that should not move did, or, under noise, one that should did not.
     """
-    before = {name: p.detach().clone() for name, p in adapter.items()}
+    before = _copy(adapter)
     optimizer = _make_optimizer(plan, adapter)
     for step in range(1, plan.local_steps + 1):
         active = plan.active(step, adapter)
+        start = _copy(adapter) if step <= 2 else {}  # every pattern of active tensors shows by then
         released = gradient.step(active, step_kind(active))
         for name, value in released.items():
             kind = kind_of(name)
-            smooth = plan.low_pass and kind != "head"
-            adapter[name].grad = binomial_low_pass(value, kind) if smooth else value
+            if plan.low_pass and kind != "head":
+                value = binomial_low_pass(value, kind)
+            adapter[name].grad = value
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # frozen tensors are skipped: no gradient at all
-        if step == 1:
-            _check_movement(before, adapter, active, must_move=gradient.plan.is_private)
+        if start:
+            _check_movement(start, adapter, active, must_move=gradient.plan.is_private)
     uploaded = plan.uploaded(adapter)
     _check_movement(before, adapter, uploaded, must_move=False)
     return {n: (adapter[n].detach() - before[n]).to("cpu", torch.float32) for n in uploaded}
@@ -73,6 +75,10 @@ def _make_optimizer(plan: RoundPlan, adapter: Mapping[str, nn.Parameter]) -> tor
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=0.0)
     return torch.optim.SGD(groups)
+
+
+def _copy(adapter: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in adapter.items()}
 
 
 def _check_movement(

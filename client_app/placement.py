@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -36,11 +37,10 @@ def choose_device(wanted: str, node_config: Mapping[str, Value]) -> torch.device
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         return torch.device("cpu")
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not index.isdigit():
+    if (match := re.fullmatch(r"cuda:(0|[1-9][0-9]*)", device)) is None:
         raise SettingsError(f"device: got {device!r}; accepted are auto, cpu and cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index) >= count:
+    if int(match[1]) >= count:
         raise SettingsError(
             f"device: got {device!r}, but {count} GPUs are visible here; accepted are auto, cpu"
             + "".join(f", cuda:{n}" for n in range(count))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from federation.messages import COUNT_KEY, FINGERPRINT_KEY, METRICS_KEY, PRIVACY_KEY, ClientFailure
-from federation.settings import Settings, SettingsError, Value
+from federation.settings import Settings, SettingsError
 from privacy import (
     AccountingError,
     BudgetExhausted,
@@ -31,6 +35,7 @@ from .session import open_session
 
 _LOGGER = logging.getLogger(__name__)
 _BUDGET_STATE = "budget"
+_CPU_MEMORY = "DefaultCPUAllocator"
 
 
 class MessageError(ValueError):
@@ -67,6 +72,8 @@ def handle_train(message: Message, context: Context) -> Message:
         return Message(content=_train(message, context), reply_to=message)
     except Exception as error:
         failure = next((code for kind, code in _FAILURES if isinstance(error, kind)), None)
+        if _CPU_MEMORY in str(error):  # torch raises a plain RuntimeError for it
+            failure = ClientFailure.OUT_OF_MEMORY
         # Texts of our own errors quote no record; of any other only type and place are kept.
         text = _where(error) if failure is None else str(error)
         _LOGGER.error("This client takes no part in the round: %s", text)
@@ -76,7 +83,7 @@ def handle_train(message: Message, context: Context) -> Message:
 
 def _train(message: Message, context: Context) -> RecordDict:
     settings = Settings.from_run_config(context.run_config)
-    plan, arrays, fingerprint = _unpack(message)
+    plan, adapter, fingerprint = _unpack(message)
     device = choose_device(settings.device, context.node_config)
     session = open_session(settings, device)
     model = session.task_model
@@ -92,30 +99,31 @@ def _train(message: Message, context: Context) -> RecordDict:
     privacy_plan = PrivacyPlan.for_client(
         settings.privacy, num_records=len(records), steps=settings.total_steps
     )
+    model.load_adapter_state(adapter)
     # Charged before the first step: a crash from here on costs budget, never privacy.
     budget = _charge(context, privacy_plan, plan.local_steps)
-    model.load_adapter_state({name: torch.from_numpy(a.numpy()) for name, a in arrays.items()})
     gradient = PrivateGradient(
         privacy_plan,
         session.engine,
         len(records),
         lambda indices: model.per_record_losses(records.batch(indices)),
-        _source(settings, context.node_config, plan.server_round),
+        _source(settings, context, plan.server_round),
     )
-    update = train_round(plan, model.adapter, gradient)
-    metrics = {}
+    with _own_random_state(settings, context, plan.server_round):
+        update = train_round(plan, model.adapter, gradient)
+    metrics = MetricRecord()
     if settings.strategy.weighting == "public-counts":
         metrics[COUNT_KEY] = len(records)
     return RecordDict(
         {
             "arrays": ArrayRecord({n: Array(value.numpy()) for n, value in update.items()}),
-            METRICS_KEY: MetricRecord(metrics),
+            METRICS_KEY: metrics,
             PRIVACY_KEY: _statement(budget, settings),
         }
     )
 
 
-def _unpack(message: Message) -> tuple[RoundPlan, ArrayRecord, str]:
+def _unpack(message: Message) -> tuple[RoundPlan, dict[str, torch.Tensor], str]:
     arrays = message.content.get("arrays")
     config = message.content.get("config")
     plan = message.content.get(ROUND_PLAN_KEY)
@@ -124,26 +132,51 @@ def _unpack(message: Message) -> tuple[RoundPlan, ArrayRecord, str]:
     if not isinstance(config, ConfigRecord) or not isinstance(plan, ConfigRecord):
         raise MessageError(f"the train message lacks its config or its {ROUND_PLAN_KEY}")
     try:
-        return RoundPlan.from_record(plan), arrays, str(config[FINGERPRINT_KEY])
-    except (KeyError, ValueError) as error:
+        adapter = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+        return RoundPlan.from_record(plan), adapter, str(config[FINGERPRINT_KEY])
+    except (KeyError, ValueError, TypeError, OSError, EOFError) as error:
         raise MessageError(f"the train message cannot be read: {error}") from error
 
 
 def _charge(context: Context, plan: PrivacyPlan, steps: int) -> StepBudget:
-    state = context.state.config_records.get(_BUDGET_STATE, ConfigRecord({"steps": 0}))
+    """Charge a round to the run's budget, whose plan may not change once it has begun."""
+    numbers = json.dumps(dataclasses.asdict(plan))
+    state = context.state.config_records.get(_BUDGET_STATE)
+    if state is None:
+        state = ConfigRecord({"steps": 0, "plan": numbers})
+    if state["plan"] != numbers:
+        raise AccountingError(
+            "the privacy plan differs from that of the run's earlier rounds: the site's data or "
+            "the run config changed in the middle of the run"
+        )
     budget = StepBudget(plan, charged=int(state["steps"]))  # type: ignore[arg-type]
     budget.charge(steps)
-    context.state[_BUDGET_STATE] = ConfigRecord({"steps": budget.charged})
+    context.state[_BUDGET_STATE] = ConfigRecord({"steps": budget.charged, "plan": numbers})
     return budget
 
 
-def _source(
-    settings: Settings, node_config: Mapping[str, Value], server_round: int
-) -> RandomSource:
+def _who(context: Context) -> int:
+    """A number of this client's own: its partition in simulation, its node id elsewhere."""
+    return int(context.node_config.get("partition-id", context.node_id))
+
+
+def _source(settings: Settings, context: Context, server_round: int) -> RandomSource:
     seed = settings.privacy.insecure_test_seed
     if seed < 0:
         return SecureSource()
-    return SeededTestSource((seed, int(node_config.get("partition-id", 0)), server_round))
+    return SeededTestSource((seed, _who(context), server_round))
+
+
+@contextlib.contextmanager
+def _own_random_state(settings: Settings, context: Context, server_round: int) -> Iterator[None]:
+    """Seed torch for what is random but not private (adapter dropout), for this round only.
+
+    Without it an update would depend on which other clients this process played before.
+    """
+    seed = np.random.SeedSequence((settings.seed, _who(context), server_round)).generate_state(1)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed[0]))
+        yield
 
 
 def _statement(budget: StepBudget, settings: Settings) -> ConfigRecord:
@@ -163,5 +196,7 @@ def _where(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    place = f"{trace.tb_frame.f_code.co_name}, line {trace.tb_lineno}" if trace else "unknown"
-    return f"{type(error).__name__} in {place}"
+    if trace is None:
+        return type(error).__name__
+    code = trace.tb_frame.f_code
+    return f"{type(error).__name__} in {code.co_name}, {code.co_filename}:{trace.tb_lineno}"

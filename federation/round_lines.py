@@ -13,8 +13,9 @@ def human_bytes(count: float) -> str:
     '1.2 MB'
     """
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        text = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        if float(text) < 1000:
+            return f"{text} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
 

@@ -44,7 +44,7 @@ class Settings(BaseModel):
     )
     device: str = Field(
         default="auto",
-        pattern=r"^(auto|cpu|cuda:\d+)$",
+        pattern=r"^(auto|cpu|cuda:(0|[1-9][0-9]*))$",
         description="Where models run: auto, cpu or cuda:N; a site's node config overrides it.",
     )
     output_dir: str = Field(
@@ -92,10 +92,10 @@ class Settings(BaseModel):
         nested: dict[str, Any] = {}
         for key, value in run_config.items():
             group, dot, rest = key.partition(".")
-            if dot:
-                nested.setdefault(group, {})[rest] = value
-            else:
-                nested[key] = value
+            rooms = nested.setdefault(group, {}) if dot else nested
+            if not isinstance(rooms, dict) or isinstance(rooms.get(key), dict):
+                raise SettingsError(f"{group}: given both as a value and as a group of settings")
+            rooms[rest if dot else key] = value
         try:
             return cls.model_validate(nested)
         except ValidationError as error:
@@ -105,7 +105,7 @@ class Settings(BaseModel):
 def _explain(error: ValidationError) -> str:
     lines = ["the run config is not usable:"]
     for detail in error.errors(include_url=False):
-        key = ".".join(_kebab(str(part)) for part in detail["loc"])
+        key = ".".join(str(part) for part in detail["loc"])
         if detail["type"] == "extra_forbidden":
             lines.append(f"  {key}: no such setting; known are {', '.join(_siblings(detail))}")
         elif detail["type"] == "value_error":  # our validators name keys and values themselves
@@ -116,7 +116,7 @@ def _explain(error: ValidationError) -> str:
 
 
 def _siblings(detail: Any) -> list[str]:
-    owner: type[BaseModel] = Settings
-    for part in detail["loc"][:-1]:
-        owner = Settings.model_fields[str(part)].annotation or Settings
+    owner: Any = Settings
+    for part in detail["loc"][:-1]:  # at most one: the room
+        owner = Settings.model_fields[str(part)].annotation
     return sorted(_kebab(name) for name in owner.model_fields)

@@ -1,27 +1,64 @@
 """Record-level differential privacy for LoRA factors: plan, accountant, sampler, clipping, noise.
 
-Knows nothing of Flower, of strategies or of tasks; usable on its own.
+Knows nothing of Flower, of strategies or of tasks; usable on its own. Public names are
+imported when they are first asked for, so that settings can be checked without loading torch.
 """
 
-from .accounting import (
-    AccountingError,
-    calibrate_noise_multiplier,
-    cross_check,
-    pld_epsilon,
-    prv_epsilon,
-    rdp_epsilon,
-)
-from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
-from .budget import BudgetExhausted, StepBudget
-from .clipping import clip_and_sum, joint_norms
-from .guards import EngineError, check_engine
-from .hook_engine import HookEngine
-from .low_pass import binomial_low_pass
-from .mechanism import PrivateGradient, privatize
-from .plan import PrivacyPlan, StepKind
-from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
-from .sampling import PoissonSampler
-from .settings import PrivacySettings
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .accounting import (
+        AccountingError,
+        calibrate_noise_multiplier,
+        cross_check,
+        pld_epsilon,
+        prv_epsilon,
+        rdp_epsilon,
+    )
+    from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
+    from .budget import BudgetExhausted, StepBudget
+    from .clipping import clip_and_sum, joint_norms
+    from .guards import EngineError, check_engine
+    from .hook_engine import HookEngine
+    from .low_pass import binomial_low_pass
+    from .mechanism import PrivateGradient, privatize
+    from .plan import PrivacyPlan, StepKind
+    from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
+    from .sampling import PoissonSampler
+    from .settings import PrivacySettings
+
+_HOMES = {
+    "AccountingError": "accounting",
+    "BudgetExhausted": "budget",
+    "EngineError": "guards",
+    "HookEngine": "hook_engine",
+    "PoissonSampler": "sampling",
+    "PrivacyPlan": "plan",
+    "PrivacySettings": "settings",
+    "PrivateGradient": "mechanism",
+    "RandomSource": "randomness",
+    "SecureSource": "randomness",
+    "SeededTestSource": "randomness",
+    "StepBudget": "budget",
+    "StepKind": "plan",
+    "binomial_low_pass": "low_pass",
+    "calibrate_noise_multiplier": "accounting",
+    "check_engine": "guards",
+    "clip_and_sum": "clipping",
+    "clipped_sum_by_autograd": "autograd_reference",
+    "coins": "randomness",
+    "cross_check": "accounting",
+    "joint_norms": "clipping",
+    "per_record_gradients_by_autograd": "autograd_reference",
+    "pld_epsilon": "accounting",
+    "privatize": "mechanism",
+    "prv_epsilon": "accounting",
+    "rdp_epsilon": "accounting",
+    "standard_normal": "randomness",
+}
 
 __all__ = [
     "AccountingError",
@@ -52,3 +89,9 @@ __all__ = [
     "rdp_epsilon",
     "standard_normal",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -57,6 +57,7 @@ class PrivacySettings(BaseModel):
         default=0,
         ge=0,
         description="Common expected batch b; each client's rate is min(1, b / records). "
+        "The rate is stated to the server and tells the record count, which this declares public. "
         "0: by sample-rate.",
     )
     engine: Literal["hooks"] = Field(

@@ -57,11 +57,12 @@ class _Observer:
             self._bytes_up += report.bytes_up
             self._bytes_down += report.bytes_down
             self.rounds_applied += report.applied
-        row = {
+        epsilon = self._tracker.largest_epsilon()
+        row: dict[str, Any] = {
             "round": server_round,
             "accuracy": metrics["accuracy"],
             "loss": metrics["loss"],
-            "epsilon": self._tracker.largest_epsilon(),
+            "epsilon": epsilon if math.isfinite(epsilon) else None,
             "bytes_up": self._bytes_up,
             "bytes_down": self._bytes_down,
             "clients": report.valid if report else 0,
@@ -72,8 +73,7 @@ class _Observer:
         }
         self.rows.append(row)
         self._folder.append_metrics(row)
-        plain = {**row, "epsilon": row["epsilon"] if math.isfinite(row["epsilon"]) else None}
-        log(INFO, "%s", round_line(plain, self._settings.strategy.num_rounds))
+        log(INFO, "%s", round_line(row, self._settings.strategy.num_rounds))
         return MetricRecord({"accuracy": metrics["accuracy"], "loss": metrics["loss"]})
 
 
@@ -125,7 +125,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.model, settings.lora, num_labels(settings.data), seed=settings.seed
     ).to(_server_device(settings))
     test = load_test_records(settings.data, model.encoder)
-    tracker = PrivacyTracker()
+    tracker = PrivacyTracker(settings.privacy.target_delta, settings.total_steps)
     strategy = make_strategy(settings, tracker)
     observer = _Observer(settings, folder, strategy, model, test, tracker)
     started = time.monotonic()

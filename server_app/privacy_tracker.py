@@ -4,54 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from logging import WARNING
 from typing import Self
 
 from flwr.app import ConfigRecord, Message
-from flwr.common import log
 
 from federation.messages import PRIVACY_KEY
-from privacy import AccountingError, pld_epsilon
+from privacy import pld_epsilon
 
-# Below this, the accountant would work for minutes to print a number that protects nobody.
-_SMALLEST_NOISE = 0.1
+# Noise multipliers that calibration can give.  With less, the accountant would work for minutes
+# to print a number that protects nobody.
+_SMALLEST_NOISE = 0.15
+_LARGEST_NOISE = 1e5
 
 
 @dataclasses.dataclass(frozen=True)
 class Statement:
-    """A client's public privacy numbers: rate, noise multiplier, delta, steps charged so far."""
+    """A client's public privacy numbers: rate, noise multiplier, steps charged so far."""
 
     sample_rate: float
     noise_multiplier: float
-    target_delta: float
     steps: int
 
     @classmethod
-    def from_message(cls, message: Message) -> Self | None:
-        """Read a reply's statement; ``None`` if it makes none, or one that is void."""
+    def from_message(cls, message: Message, *, target_delta: float, most_steps: int) -> Self | None:
+        """Read a reply's statement; ``None`` if it makes none, or one that is void.
+
+        Void is one without secure noise, for another delta than the run's, or with numbers that
+        no plan of this run has; the accountant is never asked about such.
+        """
         record = message.content.get(PRIVACY_KEY)
         if not isinstance(record, ConfigRecord) or record.get("secure-noise") is not True:
             return None
         rate, noise = record.get("sample-rate"), record.get("noise-multiplier")
-        delta, steps = record.get("target-delta"), record.get("steps")
-        if not (isinstance(rate, float) and isinstance(noise, float)):
+        steps = record.get("steps")
+        if not (isinstance(rate, float) and isinstance(noise, float) and type(steps) is int):
             return None
-        if not (isinstance(delta, float) and isinstance(steps, int)) or noise < _SMALLEST_NOISE:
-            return None
-        return cls(rate, noise, delta, steps)
-
-    def epsilon(self) -> float:
-        """Epsilon of the steps stated, by PLD."""
-        return pld_epsilon(
-            sample_rate=self.sample_rate,
-            noise_multiplier=self.noise_multiplier,
-            steps=self.steps,
-            delta=self.target_delta,
+        known = (
+            0 < rate <= 1
+            and _SMALLEST_NOISE <= noise <= _LARGEST_NOISE
+            and 1 <= steps <= most_steps
+            and record.get("target-delta") == target_delta
         )
+        return cls(rate, noise, steps) if known else None
 
 
 class PrivacyTracker:
     """Keeps the latest statement of each client.
+
+    Parameters
+    ----------
+    target_delta : float
+        The run's delta.
+    most_steps : int
+        Rounds x local steps of the run.
 
     Notes
     -----
@@ -61,12 +66,16 @@ class PrivacyTracker:
     clients' word; the noise is added and the budget kept on their side.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, target_delta: float, most_steps: int) -> None:
+        self._target_delta = target_delta
+        self._most_steps = most_steps
         self._statements: dict[int, Statement | None] = {}
 
     def observe(self, node: int, message: Message) -> None:
-        """Take note of a reply that entered the mean."""
-        self._statements[node] = Statement.from_message(message)
+        """Take note of a reply, whether or not it enters the mean: it was released."""
+        self._statements[node] = Statement.from_message(
+            message, target_delta=self._target_delta, most_steps=self._most_steps
+        )
 
     def largest_epsilon(self) -> float:
         """Largest epsilon spent so far by any client; 0 before the first reply."""
@@ -74,9 +83,11 @@ class PrivacyTracker:
         for statement in set(self._statements.values()):
             if statement is None:
                 return math.inf
-            try:
-                largest = max(largest, statement.epsilon())
-            except AccountingError as error:
-                log(WARNING, "A client states privacy numbers that cannot be: %s", error)
-                return math.inf
+            epsilon = pld_epsilon(
+                sample_rate=statement.sample_rate,
+                noise_multiplier=statement.noise_multiplier,
+                steps=statement.steps,
+                delta=self._target_delta,
+            )
+            largest = max(largest, epsilon)
         return largest

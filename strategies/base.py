@@ -81,7 +81,7 @@ class LoRAStrategy(Strategy):
     seed : int (default: 0)
         Seeds the choice of nodes.
     on_reply : callable, optional
-        ``on_reply(node_id, message)`` is called for each reply that entered the mean.
+        ``on_reply(node_id, message)`` is called for each reply with content, before it is checked.
 
     Attributes
     ----------
@@ -244,13 +244,13 @@ class LoRAStrategy(Strategy):
                 if node is None:
                     raise InvalidReply("answers no open message of this round (a duplicate?)")
                 bytes_up += payload_bytes(reply.content)
+                if self.on_reply is not None:
+                    self.on_reply(node, reply)
                 update = read_update(reply, expected, self.arrayrecord_key)
                 weight = 1.0
                 if self.weighting == "public-counts":
                     weight = read_weight(reply, self.weighted_by_key)
                 mean.add(update, weight)
-                if self.on_reply is not None:
-                    self.on_reply(node, reply)
             except InvalidReply as error:
                 failures.append(f"node {node or reply.metadata.src_node_id}: {error}")
                 log(WARNING, "Round %d goes on without %s", server_round, failures[-1])

@@ -17,12 +17,17 @@ class StrategySettings(BaseModel):
     """Which method trains, for how long and with which nodes (keys ``strategy.*``)."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=_kebab,
+        populate_by_name=True,
+        allow_inf_nan=False,
     )
 
     method: Method = Field(default="la-lora", description="Rule that chooses the active factors.")
-    num_rounds: int = Field(default=20, ge=1, description="Rounds of federated training, T.")
-    local_steps: int = Field(default=10, ge=1, description="Private steps per round, E.")
+    num_rounds: int = Field(default=10, ge=1, description="Rounds of federated training, T.")
+    local_steps: int = Field(default=6, ge=1, description="Private steps per round, E.")
     fraction_train: float = Field(
         default=1.0, gt=0, le=1, description="Share of the available nodes in a round."
     )

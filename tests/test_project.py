@@ -79,10 +79,10 @@ def test_the_settings_page_is_up_to_date():
 
 
 def test_the_bundle_holds_the_rooms_and_nothing_else(tmp_path):
-    from flwr.cli.build import build_fab_from_disk
-
     import io
     import zipfile
+
+    from flwr.cli.build import build_fab_from_disk
 
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as fab:
         files = [name for name in fab.namelist() if not name.startswith(".info/")]
@@ -95,7 +95,11 @@ def test_the_bundle_holds_the_rooms_and_nothing_else(tmp_path):
 
 def test_files_named_in_the_docs_exist():
     """Tests and code that a page points to, and the links between pages."""
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

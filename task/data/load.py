@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from .labels import class_names, encode_labels
 from .partitions import split_rows
 from .records import Inputs, Records, TextInputs
 
+Split = Literal["train", "test"]
 NodeConfig = Mapping[str, str | int | float | bool]
 
 
@@ -132,7 +133,7 @@ def _number(node_config: NodeConfig, key: str) -> int:
     return value
 
 
-def _load(settings: DataSettings, encoder: Encoder, path: str, split: str, key: str) -> _Loaded:
+def _load(settings: DataSettings, encoder: Encoder, path: str, split: Split, key: str) -> _Loaded:
     where = f"{key} {path}" if path else f"data.source {settings.source!r}"
     file = Path(path).expanduser()
     wants_folder = settings.source == "image-folder"
@@ -155,7 +156,7 @@ def _load(settings: DataSettings, encoder: Encoder, path: str, split: str, key: 
 
 
 def _load_table(
-    settings: DataSettings, encoder: Encoder, file: Path, split: str, where: str
+    settings: DataSettings, encoder: Encoder, file: Path, split: Split, where: str
 ) -> _Loaded:
     if settings.source == "hub":
         name = settings.train_split if split == "train" else settings.test_split

@@ -274,7 +274,6 @@ def test_a_frozen_tensor_that_moves_stops_the_client(mode, step, name):
         train_round(round_plan(mode), net.adapter, Scripted(net.adapter, spoil=nudge(step, name)))
 
 
-@pytest.mark.xfail(strict=True, reason=UNCHECKED)
 def test_a_factor_that_moves_in_the_other_ones_step_stops_the_client():
     net = Net()
     with pytest.raises(TrainingError, match=f"{B} moved"):
@@ -302,7 +301,6 @@ def test_a_release_that_lacks_an_active_tensor_is_noticed(missing):
         train_round(round_plan("B"), net.adapter, Scripted(net.adapter, spoil=drop))
 
 
-@pytest.mark.xfail(strict=True, reason=UNCHECKED)
 def test_training_nothing_in_silence_is_noticed_after_the_switch():
     """The second step of LA-LoRA is where opacus #820 strikes: A would stay at its start."""
     net = Net()

@@ -58,8 +58,6 @@ def test_no_device_at_all_is_refused_naming_the_forms(gpus, wanted):
         choose_device(wanted, {})
 
 
-@pytest.mark.xfail(strict=True, raises=(ValueError, RuntimeError), reason="int() and torch.device "
-                   "take fewer spellings than str.isdigit: not a SettingsError")  # fmt: skip
 @pytest.mark.parametrize("wanted", ["cuda:²", "cuda:01"])
 def test_odd_digits_are_refused_like_any_other_text(gpus, wanted):
     gpus(4)

@@ -18,7 +18,7 @@ import client_app.session as session_module
 from client_app import round_handler
 from client_app.round_handler import _source, handle_train
 from federation.messages import ClientFailure
-from privacy import AccountingError, EngineError, PrivacyPlan
+from privacy import AccountingError, EngineError, PrivacyPlan, PrivacySettings
 from strategies import ROUND_PLAN_KEY, STRATEGIES, RoundPlan
 from task.errors import DataError, ModelError
 from tests.client_app.conftest import PLAN, forget_process
@@ -112,15 +112,19 @@ def test_the_count_travels_only_where_it_is_declared_public(site):
     assert dict(public.content["metrics"]) == {"num-examples": RECORDS}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="with expected-batch-size the stated sample-rate b / n gives the count away, although "
-    "weighting is uniform and load_client_records calls it the site's own business",
-)
-def test_a_common_batch_size_does_not_tell_the_private_count(site):
-    changes = {"privacy__sample_rate": 0.0, "privacy__expected_batch_size": 18}  # 18 / 60 = 0.3
-    reply = handle_train(site.message(), site.context(**UNIFORM, **changes))
-    assert round(18 / reply.content["privacy"]["sample-rate"]) != RECORDS
+def test_a_common_rate_states_nothing_of_the_count(site):
+    """A common batch size does: its rate is b / n, so that setting declares the count public."""
+
+    def statement(parts, **changes):
+        context = site.context(**UNIFORM, **changes)
+        context.node_config["num-partitions"] = parts
+        return dict(handle_train(site.message(), context).content["privacy"])
+
+    assert statement(3) == statement(6)
+    common_batch = {"privacy__sample_rate": 0.0, "privacy__expected_batch_size": 18}
+    assert statement(3, **common_batch) != statement(6, **common_batch)
+    declared = PrivacySettings.model_fields["expected_batch_size"].description
+    assert "declares public" in declared
 
 
 def test_an_update_says_what_the_adapter_did_in_training(site):
@@ -259,7 +263,7 @@ def test_no_word_of_an_unexpected_exception_leaves_or_is_logged(
     with caplog.at_level(logging.DEBUG):
         reply = handle_train(site.message(), site.context())
     refused(reply, ClientFailure.INTERNAL)
-    assert error_type.__name__ in caplog.text and "fail, line" in caplog.text
+    assert error_type.__name__ in caplog.text and f"in fail, {__file__}:" in caplog.text
     assert not any(record.exc_info for record in caplog.records)
     out, err = capfd.readouterr()
     assert CANARY not in caplog.text + out + err
@@ -338,8 +342,6 @@ def test_an_adapter_that_does_not_fit_is_refused(site):
         refused(handle_train(site.message(content), site.context()), ClientFailure.MODEL)
 
 
-@pytest.mark.xfail(strict=True, reason="arrays are decoded after the charge and outside _unpack: "
-                   "the code is INTERNAL, and the round's steps are gone")  # fmt: skip
 @pytest.mark.parametrize(
     "spoilt",
     [
@@ -410,11 +412,6 @@ def test_a_client_that_fails_leaves_nothing_behind_either(site, monkeypatch):
     assert same(alone, handle_train(site.message(), site.context(1, **SEEDED)))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="LoRA dropout draws from torch's global generator: an update depends on what else the "
-    "process did, and insecure-test-seed does not reproduce it",
-)
 def test_virtual_clients_do_not_leak_through_dropout(site):
     changes = {**SEEDED, "lora__lora_dropout": 0.5}
     torch.manual_seed(0)
@@ -482,7 +479,7 @@ def test_test_streams_differ_by_seed_partition_and_round(site):
     streams = {
         tuple(
             _source(
-                site.settings(privacy__insecure_test_seed=seed), {"partition-id": part}, round_
+                site.settings(privacy__insecure_test_seed=seed), site.context(part), round_
             ).words(4)
         )
         for seed in (0, 1)

@@ -76,7 +76,11 @@ def test_sites_train_on_their_own_files(tmp_path):
     np.savez(test_file, x=arrays["x_test"], y=arrays["y_test"])
     config = changed(
         config,
-        **{"data__path": "", "data__test_path": str(test_file), "output_dir": str(tmp_path / "out")},
+        **{
+            "data__path": "",
+            "data__test_path": str(test_file),
+            "output_dir": str(tmp_path / "out"),
+        },
     )
     environment = flower_environment(tmp_path / "home")
     (tmp_path / "home").mkdir()

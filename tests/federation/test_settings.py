@@ -210,23 +210,17 @@ def test_any_one_change_gives_settings_or_a_settings_error_that_names_it(key, va
         assert found[key] == value
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="from_run_config nests before it checks: "
-                   "a scalar and a table of one name raise TypeError")  # fmt: skip
 @pytest.mark.parametrize("config", [{"seed": 1, "seed.x": 1}, {"lora": 4, "lora.r": 4}])
 def test_a_key_below_a_scalar_is_refused(config):
     with pytest.raises(SettingsError):
         Settings.from_run_config(config)
 
 
-@pytest.mark.xfail(strict=True, reason="_explain turns the unknown key into kebab-case, so that it "
-                   "calls the right spelling unknown")  # fmt: skip
 def test_an_underscore_for_a_hyphen_is_named_as_it_was_written():
     with pytest.raises(SettingsError, match=r"strategy\.num_rounds: no such setting"):
         Settings.from_run_config({**DEMO, "strategy.num_rounds": 3})
 
 
-@pytest.mark.xfail(strict=True, reason="StrategySettings lets infinity through (no allow_inf_nan="
-                   "False): every update would be refused as not finite")  # fmt: skip
 @pytest.mark.parametrize("key", ["strategy.lr-a", "strategy.lr-b", "strategy.lr-head"])
 def test_an_infinite_learning_rate_is_refused(key):
     with pytest.raises(SettingsError, match=key):
@@ -254,8 +248,6 @@ def test_the_server_checks_settings_before_a_model_library_is_loaded(
     assert package not in imported_by_the_server
 
 
-@pytest.mark.xfail(strict=True, reason="federation.settings imports privacy.settings, and so "
-                   "privacy/__init__.py with everything that it exports")  # fmt: skip
 @pytest.mark.parametrize("package", ["torch", "opacus", "dp_accounting", "scipy"])
 def test_the_server_checks_settings_before_torch_is_loaded(imported_by_the_server, package):
     assert package not in imported_by_the_server

@@ -240,11 +240,6 @@ def test_a_common_batch_size_accounts_the_rate_that_samples(federate):
     assert {reply.content["privacy"]["sample-rate"] for reply in grid.received} == {1.0}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only replies that enter the mean are observed: a client whose update is refused has "
-    "released it all the same, and its steps are missing from the federation's epsilon",
-)
 def test_a_refused_update_is_counted_in_the_federations_epsilon(federate):
     """Clients 1 and 2 drop out after round 1; client 3 spends both rounds on void replies."""
 
@@ -264,11 +259,6 @@ def test_a_refused_update_is_counted_in_the_federations_epsilon(federate):
     assert folder.read_result()["epsilon"] == pytest.approx(independent_epsilon(spent, 4), rel=0.02)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the tracker takes each client's own delta, the result prints the run's: an epsilon at "
-    "delta 0.5 stands beside 'delta 1e-05'",
-)
 def test_epsilon_and_delta_of_the_result_belong_together(federate):
     def generous(message, context):
         reply = handle_train(message, context)

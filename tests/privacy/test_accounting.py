@@ -34,7 +34,7 @@ MEASURED = [
 
 
 def exact_gaussian_epsilon(noise_multiplier: float, steps: int, delta: float) -> float:
-    """Epsilon of composed full-batch Gaussians: one of mu = sqrt(T) / sigma (Balle & Wang, 2018)."""
+    """Epsilon of full-batch Gaussians composed: mu = sqrt(T) / sigma (Balle & Wang, 2018)."""
     mu = math.sqrt(steps) / noise_multiplier
 
     def excess(epsilon: float) -> float:

@@ -111,7 +111,7 @@ def test_a_plan_cannot_be_changed():
     ],
 )
 def test_impossible_plans_are_refused(wrong):
-    with pytest.raises(ValueError, match="must be|finite"):
+    with pytest.raises(ValueError, match=r"must be|finite"):
         plan_of(**wrong)
 
 

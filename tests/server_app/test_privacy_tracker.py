@@ -44,14 +44,14 @@ def epsilon_of(**changes) -> float:
 
 
 def tracked(*messages: Message) -> float:
-    tracker = PrivacyTracker()
+    tracker = PrivacyTracker(1e-5, 1000)
     for node, message in enumerate(messages, 1):
         tracker.observe(node, message)
     return tracker.largest_epsilon()
 
 
 def test_before_the_first_reply_nothing_is_spent():
-    assert PrivacyTracker().largest_epsilon() == 0.0
+    assert PrivacyTracker(1e-5, 1000).largest_epsilon() == 0.0
 
 
 def test_it_is_the_pld_epsilon_of_the_numbers_stated():
@@ -69,7 +69,7 @@ def test_it_is_the_largest_over_clients_not_their_sum_or_mean():
 
 def test_a_clients_latest_word_counts_all_its_steps():
     """Mistake: the epsilon of one round reported as the total."""
-    tracker = PrivacyTracker()
+    tracker = PrivacyTracker(1e-5, 1000)
     for steps in (4, 8):
         tracker.observe(1, stated(steps=steps))
         assert tracker.largest_epsilon() == epsilon_of(steps=steps)
@@ -77,7 +77,7 @@ def test_a_clients_latest_word_counts_all_its_steps():
 
 
 def test_a_client_that_left_the_federation_still_counts():
-    tracker = PrivacyTracker()
+    tracker = PrivacyTracker(1e-5, 1000)
     tracker.observe(1, stated(steps=8))
     tracker.observe(2, stated(steps=4))
     tracker.observe(2, stated(steps=6))
@@ -126,15 +126,13 @@ def test_numbers_that_cannot_be_guarantee_nothing(changes):
     assert tracked(stated(**changes)) == math.inf
 
 
-@pytest.mark.xfail(strict=True, raises=(OverflowError, MemoryError), reason="one client's absurd "
-                   "numbers raise in the accountant and end the whole run")  # fmt: skip
 @pytest.mark.parametrize("changes", [{"noise_multiplier": 1e308}, {"steps": 2**62}])
 def test_numbers_that_the_accountant_chokes_on_guarantee_nothing(changes):
     assert tracked(stated(**changes)) == math.inf
 
 
 def test_a_void_word_is_replaced_by_a_later_good_one_of_the_same_client():
-    tracker = PrivacyTracker()
+    tracker = PrivacyTracker(1e-5, 1000)
     tracker.observe(1, reply(None))
     tracker.observe(1, stated())
     assert tracker.largest_epsilon() == epsilon_of()
