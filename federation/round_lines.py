@@ -34,6 +34,6 @@ def round_line(row: Mapping[str, Any], rounds: int) -> str:
     )
     if row["round"]:
         line += f"  clients {row['clients']}/{row['clients'] + row['failures']}"
-        left = row["seconds"] / row["round"] * (rounds - row["round"])
+        left = row["round_seconds"] * (rounds - row["round"])
         line += f"  {left:.0f} s left" if row["round"] < rounds else f"  {row['seconds']:.0f} s"
     return line

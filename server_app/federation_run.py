@@ -46,7 +46,7 @@ class _Observer:
         self._settings, self._folder, self._strategy = settings, folder, strategy
         self._model, self._test, self._tracker = model, test, tracker
         self._bytes_up = self._bytes_down = 0
-        self._started = time.monotonic()
+        self._started = self._latest = time.monotonic()
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Flower's ``evaluate_fn``: round 0 is the start."""
@@ -58,6 +58,7 @@ class _Observer:
             self._bytes_down += report.bytes_down
             self.rounds_applied += report.applied
         epsilon = self._tracker.largest_epsilon()
+        now = time.monotonic()
         row: dict[str, Any] = {
             "round": server_round,
             "accuracy": metrics["accuracy"],
@@ -69,8 +70,10 @@ class _Observer:
             "failures": len(report.failures) if report else 0,
             "applied": report.applied if report else False,
             "active": report.plan.mode if report else "",
-            "seconds": time.monotonic() - self._started,
+            "seconds": now - self._started,
+            "round_seconds": now - self._latest,
         }
+        self._latest = now
         self.rows.append(row)
         self._folder.append_metrics(row)
         log(INFO, "%s", round_line(row, self._settings.strategy.num_rounds))

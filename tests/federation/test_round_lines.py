@@ -15,6 +15,7 @@ ROW = {
     "clients": 3,
     "failures": 2,
     "seconds": 40.0,
+    "round_seconds": 10.0,
 }
 
 
