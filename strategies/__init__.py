@@ -3,12 +3,13 @@
 Knows nothing of models, data or noise; any Flower app can use a strategy on its own.
 """
 
-from .base import ROUND_PLAN_KEY, LoRAStrategy, RoundReport, payload_bytes
+from .base import ROUND_PLAN_KEY, LoRAStrategy
 from .dp_lora import DPLoRA
 from .ffa_lora import FFALoRA
 from .la_lora import LALoRA
 from .nodes import NotEnoughNodes
 from .replies import InvalidReply
+from .report import RoundReport, payload_bytes
 from .ro_lora import RoLoRA
 from .round_plan import Mode, RoundPlan
 from .settings import StrategySettings

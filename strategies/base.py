@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from logging import INFO, WARNING
@@ -25,26 +24,13 @@ from flwr.serverapp.strategy import Strategy
 
 from .nodes import sample_nodes
 from .replies import InvalidReply, WeightedMean, read_update, read_weight
+from .report import RoundReport, payload_bytes
 from .round_plan import Mode, Optimizer, RoundPlan
 from .settings import StrategySettings
 from .tensor_names import kind_of
 
 ROUND_PLAN_KEY = "round-plan"
 Weighting = Literal["uniform", "public-counts"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundReport:
-    """What happened in a round, from the server's side; public."""
-
-    server_round: int
-    plan: RoundPlan
-    asked: int
-    valid: int
-    failures: tuple[str, ...]
-    applied: bool
-    bytes_down: int
-    bytes_up: int
 
 
 class LoRAStrategy(Strategy):
@@ -330,10 +316,3 @@ class LoRAStrategy(Strategy):
         log(INFO, "\t│\t└── Minimum available nodes: %d", self.min_available_nodes)
         log(INFO, "\t├──> Mean over clients: %s", self.weighting)
         log(INFO, "\t└──> Up the wire: the change of the tensors active in the round, float32")
-
-
-def payload_bytes(content: RecordDict) -> int:
-    """Bytes of the tensors in a message, as serialised (each with its short npy header)."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )

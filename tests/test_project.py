@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -79,9 +81,6 @@ def test_the_settings_page_is_up_to_date():
 
 
 def test_the_bundle_holds_the_rooms_and_nothing_else(tmp_path):
-    import io
-    import zipfile
-
     from flwr.cli.build import build_fab_from_disk
 
     with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(ROOT))) as fab:
@@ -91,6 +90,31 @@ def test_the_bundle_holds_the_rooms_and_nothing_else(tmp_path):
     assert sum(name.endswith(".py") for name in files) == sum(
         len(list((ROOT / room).rglob("*.py"))) for room in ROOMS if room != "cli"
     )
+
+
+def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
+    """docs/plug-in.md: what somebody else's app installs, imported from the wheel alone."""
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(ROOT)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("flower_dp_lora-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        files = [name for name in archive.namelist() if ".dist-info" not in name]
+        archive.extractall(tmp_path / "site")
+    assert {name.rsplit("/", 1)[0] for name in files} == {"dp_lora/strategies", "dp_lora/privacy"}
+    code = (
+        "from dp_lora.strategies import LALoRA, RoundPlan; "
+        "from dp_lora.privacy import HookEngine, PrivacyPlan, PrivateGradient, check_engine; "
+        "print(LALoRA().plan(1).mode, PrivateGradient.__module__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": ""},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["alternate", "dp_lora.privacy.mechanism"], done.stderr
 
 
 def test_files_named_in_the_docs_exist():

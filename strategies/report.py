@@ -1,0 +1,30 @@
+"""What a round cost and who took part."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from flwr.app import RecordDict
+
+from .round_plan import RoundPlan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    """What happened in a round, from the server's side; public."""
+
+    server_round: int
+    plan: RoundPlan
+    asked: int
+    valid: int
+    failures: tuple[str, ...]
+    applied: bool
+    bytes_down: int
+    bytes_up: int
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Bytes of the tensors in a message, as serialised (each with its short npy header)."""
+    return sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
