@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from federation.messages import COUNT_KEY, FINGERPRINT_KEY, METRICS_KEY, PRIVACY_KEY, ClientFailure
+from federation.messages import COUNT_KEY, FINGERPRINT_KEY, METRICS_KEY, ClientFailure
 from federation.settings import Settings, SettingsError
 from privacy import (
     AccountingError,
@@ -24,12 +24,13 @@ from privacy import (
     SecureSource,
     SeededTestSource,
     StepBudget,
+    StepKind,
 )
-from strategies import ROUND_PLAN_KEY, RoundPlan
+from strategies import PRIVACY_KEY, ROUND_PLAN_KEY, RoundPlan
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
-from .local_training import TrainingError, train_round
+from .local_training import TrainingError, step_kind, train_round
 from .placement import choose_device
 from .session import open_session
 
@@ -118,7 +119,7 @@ def _train(message: Message, context: Context) -> RecordDict:
         {
             "arrays": ArrayRecord({n: Array(value.numpy()) for n, value in update.items()}),
             METRICS_KEY: metrics,
-            PRIVACY_KEY: _statement(budget, settings),
+            PRIVACY_KEY: _statement(budget, settings, step_kind(plan.active(1, model.adapter))),
         }
     )
 
@@ -179,17 +180,25 @@ def _own_random_state(settings: Settings, context: Context, server_round: int) -
         yield
 
 
-def _statement(budget: StepBudget, settings: Settings) -> ConfigRecord:
-    """What the client's privacy rests on: public numbers only."""
-    return ConfigRecord(
+def _statement(budget: StepBudget, settings: Settings, kind: StepKind) -> ConfigRecord:
+    """What the client's privacy rests on: public numbers only.
+
+    The noise on each value of a mean gradient, sigma C / b, tells the record count by b; it is
+    stated only where settings declare the count public.
+    """
+    plan = budget.plan
+    statement = ConfigRecord(
         {
-            "sample-rate": budget.plan.sample_rate,
-            "noise-multiplier": budget.plan.noise_multiplier,
-            "target-delta": budget.plan.target_delta,
+            "sample-rate": plan.sample_rate,
+            "noise-multiplier": plan.noise_multiplier,
+            "target-delta": plan.target_delta,
             "steps": budget.charged,
             "secure-noise": settings.privacy.insecure_test_seed < 0,
         }
     )
+    if settings.counts_are_public:
+        statement["noise-std"] = plan.noise_std(kind) / plan.expected_batch_size
+    return statement
 
 
 def _where(error: Exception) -> str:

@@ -10,7 +10,6 @@ import enum
 from flwr.app import Error
 
 FINGERPRINT_KEY = "backbone-fingerprint"
-PRIVACY_KEY = "privacy"
 METRICS_KEY = "metrics"
 COUNT_KEY = "num-examples"
 

@@ -80,6 +80,11 @@ class Settings(BaseModel):
         """Most private steps of a client: rounds x local steps."""
         return self.strategy.num_rounds * self.strategy.local_steps
 
+    @property
+    def counts_are_public(self) -> bool:
+        """Whether the settings declare the clients' record counts public."""
+        return self.strategy.weighting == "public-counts" or self.privacy.expected_batch_size > 0
+
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> Self:
         """Check Flower's flat run config (dotted kebab-case keys).

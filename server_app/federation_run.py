@@ -69,7 +69,7 @@ class _Observer:
             "clients": report.valid if report else 0,
             "failures": len(report.failures) if report else 0,
             "applied": report.applied if report else False,
-            "active": report.plan.mode if report else "",
+            "active": report.plan.describe() if report else "",
             "seconds": now - self._started,
             "round_seconds": now - self._latest,
         }

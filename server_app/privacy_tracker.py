@@ -8,8 +8,8 @@ from typing import Self
 
 from flwr.app import ConfigRecord, Message
 
-from federation.messages import PRIVACY_KEY
 from privacy import pld_epsilon
+from strategies import PRIVACY_KEY
 
 # Noise multipliers that calibration can give.  With less, the accountant would work for minutes
 # to print a number that protects nobody.

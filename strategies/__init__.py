@@ -3,7 +3,8 @@
 Knows nothing of models, data or noise; any Flower app can use a strategy on its own.
 """
 
-from .base import ROUND_PLAN_KEY, LoRAStrategy
+from .as_lora import ASLoRA
+from .base import PRIVACY_KEY, ROUND_PLAN_KEY, LoRAStrategy
 from .dp_lora import DPLoRA
 from .ffa_lora import FFALoRA
 from .la_lora import LALoRA
@@ -16,12 +17,14 @@ from .settings import StrategySettings
 from .tensor_names import kind_of, layer_of, layers_of
 
 STRATEGIES: dict[str, type[LoRAStrategy]] = {
-    strategy.name: strategy for strategy in (DPLoRA, FFALoRA, RoLoRA, LALoRA)
+    strategy.name: strategy for strategy in (DPLoRA, FFALoRA, RoLoRA, LALoRA, ASLoRA)
 }
 
 __all__ = [
+    "PRIVACY_KEY",
     "ROUND_PLAN_KEY",
     "STRATEGIES",
+    "ASLoRA",
     "DPLoRA",
     "FFALoRA",
     "InvalidReply",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from logging import INFO, WARNING
 from typing import Any, ClassVar, Literal, Self
 
@@ -30,6 +30,7 @@ from .settings import StrategySettings
 from .tensor_names import kind_of
 
 ROUND_PLAN_KEY = "round-plan"
+PRIVACY_KEY = "privacy"  # a reply's public statement of the noise on it
 Weighting = Literal["uniform", "public-counts"]
 
 
@@ -221,6 +222,7 @@ class LoRAStrategy(Strategy):
         expected = {name: self._adapter[name].shape for name in plan.uploaded(self._adapter)}
         nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in self._sent}
         mean, failures, bytes_up = WeightedMean(), [], 0
+        self._begin(plan)
         for reply in replies:
             # A dead node's error comes from the SuperLink: only this field names the node.
             node = nodes.pop(reply.metadata.reply_to_message_id, None)
@@ -237,6 +239,7 @@ class LoRAStrategy(Strategy):
                 if self.weighting == "public-counts":
                     weight = read_weight(reply, self.weighted_by_key)
                 mean.add(update, weight)
+                self._observe(update, weight, reply)
             except InvalidReply as error:
                 failures.append(f"node {node or reply.metadata.src_node_id}: {error}")
                 log(WARNING, "Round %d goes on without %s", server_round, failures[-1])
@@ -274,10 +277,19 @@ class LoRAStrategy(Strategy):
         )
         if not applied:
             return None, metrics
-        self._apply(mean)
+        self._apply(plan, mean)
         return ArrayRecord({n: Array(value) for n, value in self._adapter.items()}), metrics
 
-    def _apply(self, mean: WeightedMean) -> None:
+    def _begin(self, plan: RoundPlan) -> None:
+        """Prepare for a round's replies; for methods that learn more from them than the mean."""
+
+    def _observe(
+        self, update: Mapping[str, npt.NDArray[np.float32]], weight: float, reply: Message
+    ) -> None:
+        """Look at a valid reply as it is folded in; see :meth:`_begin`."""
+
+    def _apply(self, plan: RoundPlan, mean: WeightedMean) -> None:
+        """Move the active tensors by the mean change, in float64 before one rounding."""
         for name, change in mean.mean().items():
             moved = self._adapter[name].astype(np.float64) + change
             self._adapter[name] = moved.astype(np.float32)

@@ -93,6 +93,12 @@ class RoundPlan:
             return kind == ("B" if step % 2 else "A")
         return mode in ("both", kind)
 
+    def describe(self) -> str:
+        """Say in a word what layers train: the mode, with the exceptions counted."""
+        modes = list(self.layer_modes.values())
+        others = [f"{mode} in {modes.count(mode)}" for mode in sorted(set(modes))]
+        return self.mode + (f" ({', '.join(others)} layers)" if others else "")
+
     def to_record(self) -> ConfigRecord:
         """Pack the plan for a message."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["dp-lora", "ffa-lora", "ro-lora", "la-lora"]
+Method = Literal["dp-lora", "ffa-lora", "ro-lora", "la-lora", "as-lora"]
 
 
 def _kebab(name: str) -> str:
@@ -59,6 +59,22 @@ class StrategySettings(BaseModel):
         description="LA-LoRA's low-pass filter on noised factor gradients; auto: la-lora only.",
     )
 
+    granularity: Literal["block", "module"] = Field(
+        default="block",
+        description="as-lora: what shares one choice, a transformer block or a single module.",
+    )
+    score: Literal["auto", "debiased", "pairwise"] = Field(
+        default="auto",
+        description="as-lora: where scores come from; debiased needs sgd and clients that state "
+        "their noise, auto takes it where it can and pairwise elsewhere.",
+    )
+    ema: float = Field(
+        default=0.9, ge=0, lt=1, description="as-lora: weight of the past in the moving averages."
+    )
+    exploration: float = Field(
+        default=0.05, ge=0, le=0.5, description="as-lora: smallest probability of either factor."
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.method == "la-lora" and self.local_steps % 2:
@@ -70,5 +86,15 @@ class StrategySettings(BaseModel):
             raise ValueError(
                 "strategy.num-rounds must be at least 2 for ro-lora, which trains A in even "
                 f"rounds, got {self.num_rounds}"
+            )
+        if self.method == "as-lora" and self.num_rounds < 2:
+            raise ValueError(
+                "strategy.num-rounds must be at least 2 for as-lora, whose second round trains A, "
+                f"got {self.num_rounds}"
+            )
+        if self.score == "debiased" and self.optimizer != "sgd":
+            raise ValueError(
+                "strategy.score = 'debiased' needs strategy.optimizer = 'sgd', got "
+                f"{self.optimizer!r}; accepted with it are auto and pairwise"
             )
         return self

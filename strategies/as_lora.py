@@ -1,0 +1,194 @@
+"""AS-LoRA: the server chooses each layer's active factor, round by round."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from logging import INFO, WARNING
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ConfigRecord, Message
+from flwr.common import log
+
+from .base import PRIVACY_KEY, LoRAStrategy
+from .replies import WeightedMean
+from .round_plan import Mode, RoundPlan
+from .scores import ScoreSource, UpdateEnergies
+from .selection import FactorChoice, Granularity, group_of
+from .settings import StrategySettings
+from .tensor_names import kind_of, layer_of
+
+
+class ASLoRA(LoRAStrategy):
+    """AS-LoRA (arXiv 2605.05769): per layer and per round either A or B, chosen by scores.
+
+    After ``max(2, 0.1 T)`` warm-up rounds (B, A, B, ...) each group of layers draws its factor
+    by the moving averages of both factors' scores.  Within a round the other factor is the same
+    at every client, so the mean is exact, and about half of the tensors travel.
+
+    The scores come from what clients have noised and sent (:mod:`~strategies.scores`), never
+    from losses or raw gradients as in the paper's public code, so they cost no privacy.
+
+    Parameters
+    ----------
+    num_rounds : int (default: 10)
+        Rounds T, which set the warm-up.
+    granularity : {"block", "module"} (default: "block")
+        What shares one choice: a transformer block, or a single adapted module.
+    score : {"auto", "debiased", "pairwise"} (default: "auto")
+        ``debiased`` needs plain SGD and clients that state their noise; ``auto`` takes it
+        where that holds, and ``pairwise`` elsewhere.
+    ema, exploration : float
+        See :class:`~strategies.selection.FactorChoice`.
+    **others
+        As for :class:`~strategies.base.LoRAStrategy`.
+
+    Attributes
+    ----------
+    last_scores : dict of str to float
+        Scores of the latest round's active factors, by group.
+    """
+
+    name = "as-lora"
+    rule = "A or B by layer and round, by privatised scores; B first"
+
+    def __init__(
+        self,
+        *,
+        num_rounds: int = 10,
+        granularity: Granularity = "block",
+        score: Literal["auto", "debiased", "pairwise"] = "auto",
+        ema: float = 0.9,
+        exploration: float = 0.05,
+        **others: Any,
+    ) -> None:
+        self.warm_up = max(2, round(0.1 * num_rounds))
+        self.granularity = granularity
+        self.score = score
+        self.ema = ema
+        self.exploration = exploration
+        self.last_scores: dict[str, float] = {}
+        self._choice: FactorChoice | None = None
+        self._energies: UpdateEnergies | None = None
+        super().__init__(**others)
+        if score == "debiased" and self.optimizer != "sgd":
+            raise ValueError(
+                f"score 'debiased' needs optimizer 'sgd', got {self.optimizer!r}: an adaptive step "
+                "has no known noise; take 'pairwise'"
+            )
+
+    @classmethod
+    def from_settings(cls, settings: StrategySettings, **others: Any) -> Self:
+        """Make the strategy that the settings ask for."""
+        return super().from_settings(
+            settings,
+            num_rounds=settings.num_rounds,
+            granularity=settings.granularity,
+            score=settings.score,
+            ema=settings.ema,
+            exploration=settings.exploration,
+            **others,
+        )
+
+    @property
+    def choice(self) -> FactorChoice | None:
+        """Scores so far and the draw that follows; ``None`` before the adapter is known."""
+        if self._choice is None and self._adapter:
+            factors = [name for name in self._adapter if kind_of(name) != "head"]
+            self._choice = FactorChoice(
+                list(dict.fromkeys(group_of(name, self.granularity) for name in factors)),
+                warm_up=self.warm_up,
+                ema=self.ema,
+                exploration=self.exploration,
+                seed=self.seed,
+            )
+        return self._choice
+
+    def mode(self, server_round: int) -> Mode:
+        """The tied factor of a warm-up round; later B, from which the plan lists exceptions."""
+        return "A" if server_round <= self.warm_up and server_round % 2 == 0 else "B"
+
+    def plan(self, server_round: int) -> RoundPlan:
+        """Instructions of a round, with the layers whose choice differs from :meth:`mode`."""
+        plan = super().plan(server_round)
+        if self.choice is None:
+            return plan
+        chosen = self.choice.choose(server_round)
+        modes: dict[str, Mode] = {
+            layer_of(name): chosen[group_of(name, self.granularity)]
+            for name in self._adapter
+            if kind_of(name) != "head"
+        }
+        return dataclasses.replace(
+            plan, layer_modes={layer: m for layer, m in modes.items() if m != plan.mode}
+        )
+
+    def _begin(self, plan: RoundPlan) -> None:
+        active = (name for name in plan.uploaded(self._adapter) if kind_of(name) != "head")
+        self._energies = UpdateEnergies({n: group_of(n, self.granularity) for n in active})
+
+    def _observe(
+        self, update: Mapping[str, npt.NDArray[np.float32]], weight: float, reply: Message
+    ) -> None:
+        if self._energies is not None:
+            self._energies.add(update, weight, _stated_noise(reply))
+
+    def _apply(self, plan: RoundPlan, mean: WeightedMean) -> None:
+        super()._apply(plan, mean)
+        if self._energies is None or self.choice is None:
+            return
+        source = self._source(self._energies)
+        changes = mean.mean()
+        lr = {name: plan.learning_rate(name) for name in changes}
+        if source == "debiased":
+            scores = self._energies.debiased(changes, lr, plan.local_steps, low_pass=plan.low_pass)
+        else:
+            scores = self._energies.pairwise(changes, lr, plan.local_steps)
+        chosen = self.choice.choose(plan.server_round)
+        for group, score in scores.items():
+            # What a round gains is the score times its learning rate; only the ratio matters.
+            rate = self.lr_a if chosen[group] == "A" else self.lr_b
+            self.choice.observe(group, chosen[group], rate * score)
+        self.last_scores = scores
+        self._log(plan, source, changes)
+
+    def _source(self, energies: UpdateEnergies) -> ScoreSource:
+        if self.score == "pairwise" or self.optimizer != "sgd":
+            return "pairwise"
+        if energies.noise_is_known:
+            return "debiased"
+        if self.score == "debiased":
+            log(WARNING, "A client did not state its noise: this round's scores are pairwise")
+        return "pairwise"
+
+    def _log(
+        self, plan: RoundPlan, source: ScoreSource, changes: Mapping[str, npt.NDArray[np.float64]]
+    ) -> None:
+        """Say what was chosen, the scores, and how they stand to the noise."""
+        if self._energies is None or self.choice is None or not self.last_scores:
+            return
+        chosen = self.choice.choose(plan.server_round)
+        count = sum(factor == "A" for factor in chosen.values())
+        values = np.array(list(self.last_scores.values()))
+        text = f"median {np.median(values):.3g}, from {values.min():.3g} to {values.max():.3g}"
+        if self._energies.noise_is_known:
+            floors = self._energies.noise_floors(changes, plan.local_steps, low_pass=plan.low_pass)
+            total = sum(floors.values())
+            text += f", signal to noise {values.sum() / total:.3g}" if total else ", no noise"
+        log(
+            INFO,
+            "Round %d: A in %d and B in %d groups; %s scores: %s",
+            plan.server_round,
+            count,
+            len(chosen) - count,
+            source,
+            text,
+        )
+
+
+def _stated_noise(reply: Message) -> float | None:
+    record = reply.content.get(PRIVACY_KEY)
+    value = record.get("noise-std") if isinstance(record, ConfigRecord) else None
+    return value if isinstance(value, float) and 0 <= value < float("inf") else None
