@@ -58,9 +58,8 @@ _FAILURES: tuple[tuple[type[Exception], ClientFailure], ...] = (
     (AccountingError, ClientFailure.PRIVACY),
     (EngineError, ClientFailure.PRIVACY),
     (TrainingError, ClientFailure.PRIVACY),
-    (torch.OutOfMemoryError, ClientFailure.OUT_OF_MEMORY),
-    (MemoryError, ClientFailure.OUT_OF_MEMORY),
 )
+_OWN_TEXTS = {code for _, code in _FAILURES}
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -72,14 +71,20 @@ def handle_train(message: Message, context: Context) -> Message:
     try:
         return Message(content=_train(message, context), reply_to=message)
     except Exception as error:
-        failure = next((code for kind, code in _FAILURES if isinstance(error, kind)), None)
-        if _CPU_MEMORY in str(error):  # torch raises a plain RuntimeError for it
-            failure = ClientFailure.OUT_OF_MEMORY
+        failure = _failure_of(error)
         # Texts of our own errors quote no record; of any other only type and place are kept.
-        text = _where(error) if failure is None else str(error)
+        text = str(error) if failure in _OWN_TEXTS else _where(error)
         _LOGGER.error("This client takes no part in the round: %s", text)
-        failure = failure or ClientFailure.INTERNAL
     return Message(failure.to_error(), reply_to=message)
+
+
+def _failure_of(error: Exception) -> ClientFailure:
+    for kind, code in _FAILURES:
+        if isinstance(error, kind):
+            return code
+    # On the CPU torch raises a plain RuntimeError for want of memory.
+    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_MEMORY in str(error)
+    return ClientFailure.OUT_OF_MEMORY if memory else ClientFailure.INTERNAL
 
 
 def _train(message: Message, context: Context) -> RecordDict:

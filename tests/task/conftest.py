@@ -1,4 +1,4 @@
-"""Folders with tiny models, made once for all tests of the room."""
+"""Tiny models and made-up pictures, for all tests of the room."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from task.backbones import load_backbone
 from task.data import simulation_cache
 from task.settings import LoRASettings, ModelSettings
 from tests import models
+from tests.task.records import SECRET, picture
 
 MakeFolder = Callable[[str], Path]
 
@@ -47,6 +49,27 @@ def settings_of(folder_of: MakeFolder) -> Callable[..., ModelSettings]:
         )
 
     return settings
+
+
+@pytest.fixture(scope="module")
+def roberta(settings_of):
+    return load_backbone(settings_of("roberta"), 2, seed=0).encoder
+
+
+@pytest.fixture(scope="module")
+def bert(settings_of):
+    return load_backbone(settings_of("bert"), 2, seed=0).encoder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Make an image folder with 10 pictures of two classes of three."""
+    for name, value in (("cat", 30), ("dog", 200)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for index in range(10):
+            picture(value + index).save(tmp_path / "pets" / name / f"{index}.png")
+    (tmp_path / "pets" / "cat" / "notes.txt").write_text(SECRET)
+    return tmp_path / "pets"
 
 
 @pytest.fixture

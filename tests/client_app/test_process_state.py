@@ -1,0 +1,122 @@
+"""What stays in a process that plays many clients, and where their noise comes from."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import torch
+
+import client_app.session as session_module
+from client_app import round_handler
+from client_app.round_handler import _source, handle_train
+from tests.client_app.conftest import forget_process
+from tests.client_app.replies import CANARY, same, update_of
+
+SEEDED = {"privacy__insecure_test_seed": 3}
+
+
+# What stays in the process.
+
+
+def test_virtual_clients_do_not_leak_into_each_other(site):
+    """One process plays many clients: client 2's reply must not know whether 1 was here."""
+    alone = handle_train(site.message(), site.context(1, **SEEDED))
+    forget_process()
+    first = handle_train(site.message(mode="both"), site.context(0, **SEEDED))
+    after = handle_train(site.message(), site.context(1, **SEEDED))
+    assert same(alone, after)
+    assert json.dumps(dict(alone.content["privacy"])) == json.dumps(dict(after.content["privacy"]))
+    assert not same(first, handle_train(site.message(mode="both"), site.context(1, **SEEDED)))
+
+
+def test_a_client_that_fails_leaves_nothing_behind_either(site, monkeypatch):
+    alone = handle_train(site.message(), site.context(1, **SEEDED))
+    train_round = round_handler.train_round
+
+    def train_and_fail(*args):
+        train_round(*args)
+        raise RuntimeError(CANARY)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(round_handler, "train_round", train_and_fail)
+        assert handle_train(site.message(), site.context(0, **SEEDED)).has_error()
+    assert same(alone, handle_train(site.message(), site.context(1, **SEEDED)))
+
+
+def test_virtual_clients_do_not_leak_through_dropout(site):
+    changes = {**SEEDED, "lora__lora_dropout": 0.5}
+    torch.manual_seed(0)
+    alone = handle_train(site.message(mode="both", local_steps=4), site.context(1, **changes))
+    forget_process()
+    torch.manual_seed(0)
+    handle_train(site.message(mode="both", local_steps=4), site.context(0, **changes))
+    after = handle_train(site.message(mode="both", local_steps=4), site.context(1, **changes))
+    assert same(alone, after)
+
+
+def test_the_backbone_is_built_once_per_process(site, monkeypatch):
+    built = []
+    build = session_module.build_task_model
+
+    def count(*args, **kwargs):
+        built.append(args)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(session_module, "build_task_model", count)
+    for partition in range(3):
+        context = site.context(partition)
+        for server_round in (1, 2):
+            reply = handle_train(site.message(server_round=server_round), context)
+            assert reply.has_content()
+    assert len(built) == 1
+    assert handle_train(site.message(), site.context(lora__r=3)).has_error()  # another model
+    assert len(built) == 2
+
+
+# Where the noise comes from.
+
+
+def test_noise_is_secure_by_default(site):
+    """The same message twice: whoever can reproduce the noise can subtract it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    one = handle_train(site.message(), site.context(0))
+    torch.manual_seed(0)
+    np.random.seed(0)
+    two = handle_train(site.message(), site.context(0))
+    first, second = update_of(one), update_of(two)
+    for name in first:
+        if name.endswith("lora_B.weight"):
+            # Not a few different bits: the noise itself is another one.
+            correlation = np.corrcoef(first[name].ravel(), second[name].ravel())[0, 1]
+            assert abs(correlation) < 0.9
+        assert not np.array_equal(first[name], second[name])
+
+
+def test_the_test_seed_reproduces_a_round_and_says_that_it_is_not_secure(site, caplog):
+    with caplog.at_level(logging.WARNING):
+        one = handle_train(site.message(), site.context(0, **SEEDED))
+    assert "NOT PRIVATE" in caplog.text
+    forget_process()
+    assert same(one, handle_train(site.message(), site.context(0, **SEEDED)))
+    assert one.content["privacy"]["secure-noise"] is False
+    other_round = handle_train(site.message(server_round=2), site.context(0, **SEEDED))
+    other_seed = handle_train(site.message(), site.context(0, privacy__insecure_test_seed=4))
+    assert not same(one, other_round) and not same(one, other_seed)
+
+
+def test_test_streams_differ_by_seed_partition_and_round(site):
+    """A stream that meets two different inputs gives their difference away."""
+    streams = {
+        tuple(
+            _source(
+                site.settings(privacy__insecure_test_seed=seed), site.context(part), round_
+            ).words(4)
+        )
+        for seed in (0, 1)
+        for part in (0, 1, 2)
+        for round_ in (1, 2)
+    }
+    assert len(streams) == 12

@@ -1,0 +1,82 @@
+"""The budget of a client: charged before training, kept across rounds, never exceeded."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from client_app import round_handler
+from client_app.round_handler import handle_train
+from federation.messages import ClientFailure
+from tests.client_app.replies import CANARY, charged, fail_with, failure_of
+
+
+def test_budget_is_charged_before_training_and_kept_across_rounds(site, monkeypatch):
+    context = site.context()
+    seen = []
+    train_round = round_handler.train_round
+
+    def watch(*args):
+        seen.append(charged(context))
+        return train_round(*args)
+
+    monkeypatch.setattr(round_handler, "train_round", watch)
+    steps = [
+        handle_train(site.message(server_round=n), context).content["privacy"]["steps"]
+        for n in (1, 2)
+    ]
+    assert seen == steps == [2, 4]
+    third = handle_train(site.message(server_round=3), context)
+    assert failure_of(third) is ClientFailure.BUDGET_EXHAUSTED
+    assert seen == [2, 4] and charged(context) == 4
+
+
+def test_a_round_longer_than_what_is_left_is_refused_whole(site):
+    context = site.context()
+    reply = handle_train(site.message(local_steps=6), context)
+    assert failure_of(reply) is ClientFailure.BUDGET_EXHAUSTED
+    assert charged(context) == 0
+    assert handle_train(site.message(local_steps=4), context).has_content()
+    assert charged(context) == 4
+
+
+def test_a_crash_costs_budget_and_releases_nothing(site, monkeypatch):
+    context = site.context()
+    with monkeypatch.context() as patch:
+        patch.setattr(round_handler, "train_round", fail_with(RuntimeError(CANARY)))
+        assert failure_of(handle_train(site.message(), context)) is ClientFailure.INTERNAL
+    assert charged(context) == 2
+    assert handle_train(site.message(), context).content["privacy"]["steps"] == 4
+    assert failure_of(handle_train(site.message(), context)) is ClientFailure.BUDGET_EXHAUSTED
+
+
+def test_each_client_has_a_budget_of_its_own(site):
+    first, second = site.context(0), site.context(1)
+    for _ in range(2):
+        assert handle_train(site.message(), first).has_content()
+    assert handle_train(site.message(), second).content["privacy"]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        ("node_config", "num-partitions", 6),  # half as many records
+        ("run_config", "privacy.target-epsilon", 4.0),
+        ("run_config", "privacy.mode", "none"),
+    ],
+)
+def test_a_plan_that_changes_in_the_middle_of_a_run_is_refused(
+    site, monkeypatch, caplog, config, key, value
+):
+    context = site.context()
+    assert handle_train(site.message(), context).content["privacy"]["steps"] == 2
+    begun = dict(context.state["budget"])
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setitem(getattr(context, config), key, value)
+        reply = handle_train(site.message(server_round=2), context)
+    assert failure_of(reply) is ClientFailure.PRIVACY
+    assert "the privacy plan differs" in caplog.text
+    assert charged(context) == 2 and dict(context.state["budget"]) == begun
+    # As it began, the run goes on.
+    assert handle_train(site.message(server_round=2), context).content["privacy"]["steps"] == 4
