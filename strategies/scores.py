@@ -1,10 +1,10 @@
 """How much a factor would gain: scores from what clients have privatised and sent.
 
 A round of E local SGD steps at learning rate eta moves client k's tensors by
-``D_k = -eta E gbar_k``, gbar_k being the mean of its noised gradients.  The squared norm of the mean
-over clients estimates, to second order, the loss that one more such round gains per unit of
-learning rate (AS-LoRA, arXiv 2605.05769, in the form of our notes): curvature along the way is in it
-already, because gbar is the mean over the way and not the gradient at its start.
+``D_k = -eta E gbar_k``, gbar_k being the mean of its noised gradients.  The squared norm of the
+mean over clients estimates, to second order, the loss that one more such round gains per unit of
+learning rate and step (after AS-LoRA, arXiv 2605.05769): curvature along the way is in it already,
+because gbar is the mean over the way and not the gradient at its start.
 
 Everything here is a function of the updates and of public numbers, so it costs no privacy.
 """

@@ -77,6 +77,12 @@ def test_layers_can_differ():
     assert plan.uploaded(NAMES) == (NAMES[1], NAMES[2])
 
 
+def test_a_plan_describes_itself_in_a_word():
+    assert plan_of(mode="alternate").describe() == "alternate"
+    modes = {"one": "A", "two": "A"}
+    assert plan_of(layer_modes=modes).describe() == "B (A in 2 layers)"
+
+
 def test_learning_rates_decay_by_round_and_differ_by_factor():
     method = RoLoRA(lr_a=1.0, lr_b=2.0, lr_head=4.0, lr_decay=0.5)
     third = method.plan(3)
