@@ -27,6 +27,7 @@ ARMS: dict[str, list[str]] = {
     "la-lora, non-private": ["--epsilon", "none"],
     "la-lora, epsilon 3": ["--epsilon", "3"],
     "la-lora, epsilon 1": ["--epsilon", "1"],
+    "as-lora, epsilon 8": ["--method", "as-lora"],
     "ro-lora, epsilon 8": ["--method", "ro-lora"],
     "ffa-lora, epsilon 8": ["--method", "ffa-lora"],
     "dp-lora, epsilon 8": ["--method", "dp-lora"],

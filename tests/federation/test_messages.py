@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from flwr.common.constant import ErrorCode
 
+import strategies
 from federation import messages
 from federation.messages import ClientFailure
 
@@ -28,5 +29,6 @@ def test_codes_and_texts_are_unique_and_not_flowers():
 
 
 def test_keys_do_not_collide():
-    keys = {n: value for n, value in vars(messages).items() if n.endswith("_KEY")}
-    assert len(keys) >= 4 and len(set(keys.values())) == len(keys)
+    rooms = {**vars(messages), **vars(strategies)}
+    keys = {n: value for n, value in rooms.items() if n.endswith("_KEY")}
+    assert len(keys) >= 5 and len(set(keys.values())) == len(keys)
