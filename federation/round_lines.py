@@ -35,5 +35,8 @@ def round_line(row: Mapping[str, Any], rounds: int) -> str:
     if row["round"]:
         line += f"  clients {row['clients']}/{row['clients'] + row['failures']}"
         left = row["round_seconds"] * (rounds - row["round"])
-        line += f"  {left:.0f} s left" if row["round"] < rounds else f"  {row['seconds']:.0f} s"
+        if row["round"] == rounds:
+            line += f"  {row['seconds']:.0f} s"
+        elif row["round"] > 1:  # the first round also starts the workers: it tells nothing
+            line += f"  {left:.0f} s left"
     return line

@@ -47,6 +47,10 @@ def test_a_round_in_the_middle():
     )
 
 
+def test_the_first_round_foretells_nothing():
+    assert round_line({**ROW, "round": 1}, 20).endswith("clients 3/5")
+
+
 def test_the_last_round_says_how_long_it_took():
     line = round_line({**ROW, "round": 20}, 20)
     assert line.startswith("round 20/20") and line.endswith("clients 3/5  40 s")
