@@ -20,6 +20,8 @@ from .selection import FactorChoice, Granularity, group_of
 from .settings import StrategySettings
 from .tensor_names import kind_of, layer_of
 
+_LARGEST_NOISE = 1e6  # per value of a mean gradient; squares of more could leave a float's range
+
 
 class ASLoRA(LoRAStrategy):
     """AS-LoRA (arXiv 2605.05769): per layer and per round either A or B, chosen by scores.
@@ -189,6 +191,7 @@ class ASLoRA(LoRAStrategy):
 
 
 def _stated_noise(reply: Message) -> float | None:
+    """Read the noise that a client states; what no plan would have counts as not stated."""
     record = reply.content.get(PRIVACY_KEY)
     value = record.get("noise-std") if isinstance(record, ConfigRecord) else None
-    return value if isinstance(value, float) and 0 <= value < float("inf") else None
+    return value if isinstance(value, float) and 0 <= value <= _LARGEST_NOISE else None

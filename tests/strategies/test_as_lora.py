@@ -139,6 +139,22 @@ def test_noise_that_nobody_states_leaves_the_pairwise_score(caplog):
     assert "pairwise scores: median" in caplog.text
 
 
+@pytest.mark.parametrize("stated", [1e300, math.inf, math.nan, -1.0, "much", 1])
+def test_a_client_that_states_nonsense_does_not_end_the_run(stated):
+    honest = client(lambda name: True, seed=1)
+
+    def liar(message, context):
+        reply = honest(message, context)
+        reply.content[PRIVACY_KEY] = ConfigRecord({"noise-std": stated})
+        return reply
+
+    strategy = ASLoRA(num_rounds=4, local_steps=2)
+    train(strategy, [honest, liar], 4)
+    for seen in strategy.choice.scores().values():
+        assert len(seen) == 2
+        assert all(math.isfinite(score) for score in seen.values())
+
+
 def test_scores_choice_and_signal_to_noise_are_logged(caplog):
     strategy = ASLoRA(num_rounds=4, local_steps=2)
     clients = [client(lambda name: True, noise=0.5, seed=s) for s in range(2)]
