@@ -175,13 +175,15 @@ def _source(settings: Settings, context: Context, server_round: int) -> RandomSo
 
 @contextlib.contextmanager
 def _own_random_state(settings: Settings, context: Context, server_round: int) -> Iterator[None]:
-    """Seed torch for what is random but not private (adapter dropout), for this round only.
+    """Seed torch for adapter dropout, for this round only.
 
-    Without it an update would depend on which other clients this process played before.
+    Without it an update would depend on which other clients this process played before.  The
+    seed is secret: a record's mask depends on its place in the batch, so with known masks one
+    record's absence would change the gradients of all that follow it.
     """
-    seed = np.random.SeedSequence((settings.seed, _who(context), server_round)).generate_state(1)
+    words = _source(settings, context, server_round).words(1)
     with torch.random.fork_rng():
-        torch.manual_seed(int(seed[0]))
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
         yield
 
 

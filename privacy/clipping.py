@@ -39,7 +39,7 @@ def clip_and_sum(rows: Mapping[str, Tensor], max_grad_norm: float) -> dict[str, 
     Returns
     -------
     dict of str to Tensor
-        ``sum_j g_j min(1, C / ||g_j||)``, each (...), in the rows' dtype.
+        ``sum_j g_j min(1, C / ||g_j||)``, each (...), float32, even under autocast.
 
     Notes
     -----
@@ -48,6 +48,11 @@ def clip_and_sum(rows: Mapping[str, Tensor], max_grad_norm: float) -> dict[str, 
     record with a non-finite gradient contributes exactly zero: its rows are replaced, since a
     weight of 0 times NaN would still be NaN.
     """
+    with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
+        return _clip_and_sum({name: row.float() for name, row in rows.items()}, max_grad_norm)
+
+
+def _clip_and_sum(rows: Mapping[str, Tensor], max_grad_norm: float) -> dict[str, Tensor]:
     norms = joint_norms(rows)
     finite = torch.isfinite(norms)
     weights = torch.where(finite, (max_grad_norm / norms).clamp(max=1.0), torch.zeros_like(norms))

@@ -74,6 +74,11 @@ def refuse_training_batchnorm(model: nn.Module) -> None:
         Naming the first such layer.
     """
     for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise EngineError(
+                f"{name} is a {type(module).__name__} without running statistics: it averages "
+                "over the records of a batch even in eval mode"
+            )
         if module.training and isinstance(
             module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
         ):

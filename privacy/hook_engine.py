@@ -93,7 +93,8 @@ class HookEngine:
             if captures and not values.requires_grad:
                 raise EngineError(f"none of the layers of {sorted(active)} took part in the loss")
             values.sum().backward()  # type: ignore[no-untyped-call]
-        return {name: self._row(name, captures, num_records) for name in active}
+        with torch.autocast(values.device.type, enabled=False):  # rows are float32 in any case
+            return {name: self._row(name, captures, num_records) for name in active}
 
     def clipped_sum(
         self,

@@ -23,7 +23,13 @@ class Statement:
 
     sample_rate: float
     noise_multiplier: float
-    steps: int
+    stated: int
+    before: int = 0
+
+    @property
+    def steps(self) -> int:
+        """All steps charged, those before a restart included."""
+        return self.before + self.stated
 
     @classmethod
     def from_message(cls, message: Message, *, target_delta: float, most_steps: int) -> Self | None:
@@ -48,8 +54,22 @@ class Statement:
         return cls(rate, noise, steps) if known else None
 
 
+def _after(old: Statement | None, new: Statement | None) -> Statement | None:
+    """What a client has spent by its words so far; nothing released is ever taken back.
+
+    A count that falls is one that started again (a SuperNode keeps it in memory only): both
+    parts were spent.
+    """
+    if old is None or new is None:
+        return None
+    if (old.sample_rate, old.noise_multiplier) != (new.sample_rate, new.noise_multiplier):
+        return None
+    before = old.before if new.stated > old.stated else old.before + old.stated
+    return dataclasses.replace(new, before=before)
+
+
 class PrivacyTracker:
-    """Keeps the latest statement of each client.
+    """Adds up what each client states.
 
     Parameters
     ----------
@@ -73,9 +93,11 @@ class PrivacyTracker:
 
     def observe(self, node: int, message: Message) -> None:
         """Take note of a reply, whether or not it enters the mean: it was released."""
-        self._statements[node] = Statement.from_message(
+        new = Statement.from_message(
             message, target_delta=self._target_delta, most_steps=self._most_steps
         )
+        old = self._statements.get(node)
+        self._statements[node] = new if node not in self._statements else _after(old, new)
 
     def largest_epsilon(self) -> float:
         """Largest epsilon spent so far by any client; 0 before the first reply."""

@@ -131,13 +131,6 @@ def test_numbers_that_the_accountant_chokes_on_guarantee_nothing(changes):
     assert tracked(stated(**changes)) == math.inf
 
 
-def test_a_void_word_is_replaced_by_a_later_good_one_of_the_same_client():
-    tracker = PrivacyTracker(1e-5, 1000)
-    tracker.observe(1, reply(None))
-    tracker.observe(1, stated())
-    assert tracker.largest_epsilon() == epsilon_of()
-
-
 numbers = st.one_of(
     st.floats(max_value=1e3), st.integers(-5, 5), st.booleans(), st.text(max_size=3)
 )
