@@ -37,11 +37,12 @@ run: install ## Run a private federation of simulated clients (METHOD= EPSILON= 
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(CONFIG),--config '$(CONFIG)')
 
-test: install ## Run all tests
-	$(BIN)/python -m pytest
+test: test-fast ## Run all tests
+	$(BIN)/python -m pytest -m "slow or deploy"
 
+# One thread each: two workers on two cores, and torch threads that wait for each other cost more.
 test-fast: install ## Run the tests that start no other processes
-	$(BIN)/python -m pytest -m "not slow and not deploy"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not deploy" -n 2 --dist loadfile
 
 lint: install ## Check style and types
 	$(BIN)/ruff check .
