@@ -80,3 +80,21 @@ def test_a_plan_that_changes_in_the_middle_of_a_run_is_refused(
     assert charged(context) == 2 and dict(context.state["budget"]) == begun
     # As it began, the run goes on.
     assert handle_train(site.message(server_round=2), context).content["privacy"]["steps"] == 4
+
+
+def test_as_many_steps_are_released_as_were_charged(site, monkeypatch):
+    """The budget's number and the mechanism's own are one."""
+    made = []
+    original = round_handler.PrivateGradient
+
+    def keep(*args):
+        made.append(original(*args))
+        return made[-1]
+
+    monkeypatch.setattr(round_handler, "PrivateGradient", keep)
+    context = site.context()
+    for server_round in (1, 2):
+        reply = handle_train(site.message(server_round=server_round), context)
+        released = sum(gradient.steps_taken for gradient in made)
+        assert reply.content["privacy"]["steps"] == charged(context) == released
+    assert {gradient.plan.steps for gradient in made} == {site.settings().total_steps}
