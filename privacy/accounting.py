@@ -150,7 +150,7 @@ def cross_check(*, sample_rate: float, noise_multiplier: float, steps: int, delt
     Raises
     ------
     AccountingError
-        When the two bounds differ by more than 2 % plus PRV's own stated error.
+        When the two bounds differ by more than 2 % plus twice PRV's own stated error.
     """
     first = pld_epsilon(
         sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps, delta=delta
