@@ -21,8 +21,10 @@ from scipy.optimize import brentq
 # Grid of the privacy loss.  The coarse one is for searching; both round pessimistically.
 _SEARCH_INTERVAL = 1e-3
 _FINAL_INTERVAL = 1e-4
-_SMALLEST_NOISE = 0.15
-_LARGEST_NOISE = 1e5
+# What calibration can give.  With less noise an accountant works for minutes to print a number
+# that protects nobody.
+SMALLEST_NOISE_MULTIPLIER = 0.15
+LARGEST_NOISE_MULTIPLIER = 1e5
 # Two accountants may differ by this much, relative, plus PRV's own stated error.
 _AGREEMENT = 0.02
 
@@ -216,14 +218,14 @@ def calibrate_noise_multiplier(
     low = high = 1.0
     while spent(high) > target_epsilon:
         low, high = high, high * 2
-        if high > _LARGEST_NOISE:
+        if high > LARGEST_NOISE_MULTIPLIER:
             raise AccountingError(
                 f"epsilon {target_epsilon} at delta {target_delta} cannot be reached in "
                 f"{steps} steps at rate {sample_rate}: even a noise multiplier of "
-                f"{_LARGEST_NOISE:g} spends more"
+                f"{LARGEST_NOISE_MULTIPLIER:g} spends more"
             )
-    while spent(low) <= target_epsilon and low > _SMALLEST_NOISE:
-        high, low = low, max(low / 1.5, _SMALLEST_NOISE)
+    while spent(low) <= target_epsilon and low > SMALLEST_NOISE_MULTIPLIER:
+        high, low = low, max(low / 1.5, SMALLEST_NOISE_MULTIPLIER)
     if spent(low) <= target_epsilon:  # a budget this wide is not worth less noise
         high = low
     else:

@@ -9,12 +9,8 @@ from typing import Self
 from flwr.app import ConfigRecord, Message
 
 from privacy import pld_epsilon
+from privacy.accounting import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER
 from strategies import PRIVACY_KEY
-
-# Noise multipliers that calibration can give.  With less, the accountant would work for minutes
-# to print a number that protects nobody.
-_SMALLEST_NOISE = 0.15
-_LARGEST_NOISE = 1e5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +43,7 @@ class Statement:
             return None
         known = (
             0 < rate <= 1
-            and _SMALLEST_NOISE <= noise <= _LARGEST_NOISE
+            and SMALLEST_NOISE_MULTIPLIER <= noise <= LARGEST_NOISE_MULTIPLIER
             and 1 <= steps <= most_steps
             and record.get("target-delta") == target_delta
         )
