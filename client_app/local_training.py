@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from privacy import PrivateGradient, StepKind, binomial_low_pass
-from strategies import RoundPlan, kind_of
+from strategies import GradientEnergies, RoundPlan, kind_of
 
 
 class TrainingError(RuntimeError):
@@ -16,7 +16,10 @@ class TrainingError(RuntimeError):
 
 
 def train_round(
-    plan: RoundPlan, adapter: Mapping[str, nn.Parameter], gradient: PrivateGradient
+    plan: RoundPlan,
+    adapter: Mapping[str, nn.Parameter],
+    gradient: PrivateGradient,
+    energies: GradientEnergies | None = None,
 ) -> dict[str, Tensor]:
     """Take the round's private steps and return the change of the tensors it made active.
 
@@ -28,6 +31,8 @@ def train_round(
         All adapter tensors, at the values the server sent; trained in place.
     gradient : PrivateGradient
         Gives noised gradients.  Everything done with them here is post-processing.
+    energies : GradientEnergies, optional
+        Is given each step's noised, filtered gradients, from which it makes scores.
 
     Returns
     -------
@@ -47,9 +52,11 @@ def train_round(
         released = gradient.step(active, step_kind(active))
         for name, value in released.items():
             kind = kind_of(name)
-            if plan.low_pass and kind != "head":
+            if plan.low_pass and (kind == "A" or kind == "B"):
                 value = binomial_low_pass(value, kind)
-            adapter[name].grad = value
+            released[name] = adapter[name].grad = value
+        if energies is not None:
+            energies.add(step, {n: v.to("cpu").numpy() for n, v in released.items()})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)  # frozen tensors are skipped: no gradient at all
         if start:

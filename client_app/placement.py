@@ -1,4 +1,4 @@
-"""Which device a client computes on."""
+"""Which device a client computes on, and with adapters of which rank."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from federation.settings import SettingsError, Value
+from federation.settings import Settings, SettingsError, Value
 
 
 def choose_device(wanted: str, node_config: Mapping[str, Value]) -> torch.device:
@@ -46,3 +46,39 @@ def choose_device(wanted: str, node_config: Mapping[str, Value]) -> torch.device
             + "".join(f", cuda:{n}" for n in range(count))
         )
     return torch.device(device)
+
+
+def choose_rank(settings: Settings, node_config: Mapping[str, Value]) -> int:
+    """Choose the rank of this client's adapters.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``lora.r`` is the rank of all, but for ``flex-lora``: there it is the largest, and
+        ``lora.client-ranks`` gives simulated clients theirs, by partition and in turn.
+    node_config : mapping
+        The site's own ``lora-r`` comes first (``flex-lora``).
+
+    Raises
+    ------
+    SettingsError
+        If the rank named is none that this run has.
+    """
+    largest = settings.lora.r
+    own = node_config.get("lora-r", 0)
+    if settings.strategy.method != "flex-lora":
+        if own not in (0, largest):
+            raise SettingsError(
+                f"node config lora-r: got {own!r}; only strategy.method = 'flex-lora' has ranks by "
+                f"client, accepted is lora.r = {largest}"
+            )
+        return largest
+    if own:
+        if type(own) is not int or not 1 <= own <= largest:
+            raise SettingsError(
+                f"node config lora-r: got {own!r}; accepted are 1 to lora.r = {largest}"
+            )
+        return own
+    ranks = settings.lora.ranks_by_client
+    partition = node_config.get("partition-id")
+    return ranks[int(partition) % len(ranks)] if ranks and partition is not None else largest

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from federation.messages import COUNT_KEY, FINGERPRINT_KEY, METRICS_KEY, ClientFailure
 from federation.settings import Settings, SettingsError
@@ -24,14 +24,24 @@ from privacy import (
     SecureSource,
     SeededTestSource,
     StepBudget,
-    StepKind,
 )
-from strategies import PRIVACY_KEY, ROUND_PLAN_KEY, RoundPlan
+from strategies import (
+    PRIVACY_KEY,
+    ROUND_PLAN_KEY,
+    SCORES_KEY,
+    GradientEnergies,
+    NeedFull,
+    RoundPlan,
+    UnusableMessage,
+    ask_for_everything,
+    receive_adapter,
+    update_records,
+)
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
 from .local_training import TrainingError, step_kind, train_round
-from .placement import choose_device
+from .placement import choose_device, choose_rank
 from .session import open_session
 
 _LOGGER = logging.getLogger(__name__)
@@ -51,6 +61,7 @@ class BackboneDiffers(ValueError):
 _FAILURES: tuple[tuple[type[Exception], ClientFailure], ...] = (
     (SettingsError, ClientFailure.SETTINGS),
     (MessageError, ClientFailure.MESSAGE),
+    (UnusableMessage, ClientFailure.MESSAGE),
     (BackboneDiffers, ClientFailure.BACKBONE_DIFFERS),
     (DataError, ClientFailure.DATA),
     (ModelError, ClientFailure.MODEL),
@@ -89,9 +100,15 @@ def _failure_of(error: Exception) -> ClientFailure:
 
 def _train(message: Message, context: Context) -> RecordDict:
     settings = Settings.from_run_config(context.run_config)
-    plan, adapter, fingerprint = _unpack(message)
+    plan, fingerprint = _unpack(message)
+    rank = choose_rank(settings, context.node_config)
+    wire_rank = rank if settings.strategy.method == "flex-lora" else 0
+    try:
+        adapter = receive_adapter(message, context.state, rank=wire_rank)
+    except NeedFull:  # nothing was trained, so nothing is charged
+        return ask_for_everything(context.state, rank=wire_rank)
     device = choose_device(settings.device, context.node_config)
-    session = open_session(settings, device)
+    session = open_session(settings, device, rank)
     model = session.task_model
     if fingerprint != model.fingerprint:
         raise BackboneDiffers(
@@ -105,7 +122,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     privacy_plan = PrivacyPlan.for_client(
         settings.privacy, num_records=len(records), steps=settings.total_steps
     )
-    model.load_adapter_state(adapter)
+    model.load_adapter_state({name: torch.from_numpy(value) for name, value in adapter.items()})
     # Charged before the first step: a crash from here on costs budget, never privacy.
     budget = _charge(context, privacy_plan, plan.local_steps)
     gradient = PrivateGradient(
@@ -115,32 +132,36 @@ def _train(message: Message, context: Context) -> RecordDict:
         lambda indices: model.per_record_losses(records.batch(indices)),
         _source(settings, context, plan.server_round),
     )
+    kind = step_kind(plan.active(1, model.adapter))
+    noise_std = privacy_plan.noise_std(kind) / privacy_plan.expected_batch_size
+    energies = GradientEnergies(plan, noise_std) if plan.scores != "none" else None
     with _own_random_state(settings, context, plan.server_round):
-        update = train_round(plan, model.adapter, gradient)
+        update = train_round(plan, model.adapter, gradient, energies)
     metrics = MetricRecord()
     if settings.strategy.weighting == "public-counts":
         metrics[COUNT_KEY] = len(records)
-    return RecordDict(
+    rounding = np.random.default_rng((settings.seed, _who(context), plan.server_round))
+    values = {name: value.numpy() for name, value in update.items()}
+    reply = RecordDict(
         {
-            "arrays": ArrayRecord({n: Array(value.numpy()) for n, value in update.items()}),
+            **update_records(message, context.state, values, rounding),
             METRICS_KEY: metrics,
-            PRIVACY_KEY: _statement(budget, settings, step_kind(plan.active(1, model.adapter))),
+            PRIVACY_KEY: _statement(budget, settings, noise_std),
         }
     )
+    if energies is not None:
+        reply[SCORES_KEY] = MetricRecord(dict(energies.scores()))
+    return reply
 
 
-def _unpack(message: Message) -> tuple[RoundPlan, dict[str, torch.Tensor], str]:
-    arrays = message.content.get("arrays")
+def _unpack(message: Message) -> tuple[RoundPlan, str]:
     config = message.content.get("config")
     plan = message.content.get(ROUND_PLAN_KEY)
-    if not isinstance(arrays, ArrayRecord):
-        raise MessageError("the train message has no ArrayRecord 'arrays'")
     if not isinstance(config, ConfigRecord) or not isinstance(plan, ConfigRecord):
         raise MessageError(f"the train message lacks its config or its {ROUND_PLAN_KEY}")
     try:
-        adapter = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-        return RoundPlan.from_record(plan), adapter, str(config[FINGERPRINT_KEY])
-    except (KeyError, ValueError, TypeError, OSError, EOFError) as error:
+        return RoundPlan.from_record(plan), str(config[FINGERPRINT_KEY])
+    except (KeyError, ValueError, TypeError) as error:
         raise MessageError(f"the train message cannot be read: {error}") from error
 
 
@@ -187,7 +208,7 @@ def _own_random_state(settings: Settings, context: Context, server_round: int) -
         yield
 
 
-def _statement(budget: StepBudget, settings: Settings, kind: StepKind) -> ConfigRecord:
+def _statement(budget: StepBudget, settings: Settings, noise_std: float) -> ConfigRecord:
     """What the client's privacy rests on: public numbers only.
 
     The noise on each value of a mean gradient, sigma C / b, tells the record count by b; it is
@@ -204,7 +225,7 @@ def _statement(budget: StepBudget, settings: Settings, kind: StepKind) -> Config
         }
     )
     if settings.counts_are_public:
-        statement["noise-std"] = plan.noise_std(kind) / plan.expected_batch_size
+        statement["noise-std"] = noise_std
     return statement
 
 

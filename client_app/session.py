@@ -29,8 +29,10 @@ class Session:
     engine: HookEngine
 
 
-def open_session(settings: Settings, device: torch.device) -> Session:
+def open_session(settings: Settings, device: torch.device, rank: int = 0) -> Session:
     """Return this process's session for these settings, made on first use.
+
+    ``rank`` is that of this client's adapters; 0: ``lora.r``.
 
     Raises
     ------
@@ -40,11 +42,16 @@ def open_session(settings: Settings, device: torch.device) -> Session:
         If per-record gradients would not be right on this model.
     """
     return _session(
-        settings.model, settings.lora, num_labels(settings.data), settings.seed, str(device)
+        settings.model,
+        settings.lora.model_copy(update={"r": rank or settings.lora.r}),
+        num_labels(settings.data),
+        settings.seed,
+        str(device),
     )
 
 
-@functools.lru_cache(maxsize=1)
+# One run has one key, but for flex-lora: there a process plays clients of several ranks in turn.
+@functools.lru_cache(maxsize=4)
 def _session(
     model: ModelSettings, lora: LoRASettings, labels: int, seed: int, device: str
 ) -> Session:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from strategies.atomic_file import replacing
 
 
 def default_runs_folder() -> Path:
@@ -20,22 +21,16 @@ def default_runs_folder() -> Path:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds all of it or what it held before, even in a crash."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 class RunFolder:
     """One run's folder.
 
     ``settings.json`` (what was asked), ``metrics.jsonl`` (one line a round, round 0 first),
-    ``result.json`` (the end, written last), ``adapter/`` (PEFT's format).
+    ``checkpoint.npz`` (the server's state after the last whole round), ``result.json`` (the end,
+    written last), ``adapter/`` (PEFT's format).
 
     Parameters
     ----------
@@ -49,6 +44,7 @@ class RunFolder:
         self.result = path / "result.json"
         self.settings = path / "settings.json"
         self.adapter = path / "adapter"
+        self.checkpoint = path / "checkpoint.npz"
 
     @classmethod
     def create(cls, runs: Path, *, method: str, run_id: int) -> RunFolder:
@@ -74,6 +70,16 @@ class RunFolder:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
+
+    def replace_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write the lines of an earlier run's rounds, in place of any that are there."""
+        lines = [json.dumps({key: _plain(value) for key, value in row.items()}) for row in rows]
+        write_atomically(self.metrics, "".join(line + "\n" for line in lines))
+
+    def read_settings(self) -> dict[str, Any]:
+        """The settings of the run, by their keys."""
+        settings: dict[str, Any] = json.loads(self.settings.read_text(encoding="utf-8"))
+        return settings
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write the result; its presence says that the run is complete."""

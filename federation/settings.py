@@ -8,7 +8,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.settings import PrivacySettings
-from strategies.settings import StrategySettings
+from strategies.settings import StrategySettings, WireSettings
 from task.settings import DataSettings, LoRASettings, ModelSettings
 
 Value = str | int | float | bool
@@ -52,7 +52,13 @@ class Settings(BaseModel):
         description="Folder on the server that gets one folder per run; empty: "
         "$FLOWER_DP_LORA_RUNS, else ~/flower-dp-lora/runs.",
     )
+    resume: str = Field(
+        default="",
+        description="Run folder (or its checkpoint.npz) of a run that was cut off, to go on from; "
+        "the settings must be those of that run.",
+    )
     strategy: StrategySettings = Field(default_factory=StrategySettings)
+    wire: WireSettings = Field(default_factory=WireSettings)
     privacy: PrivacySettings = Field(default_factory=lambda: PrivacySettings(sample_rate=0.2))
     model: ModelSettings = Field(default_factory=ModelSettings)
     lora: LoRASettings = Field(default_factory=LoRASettings)
@@ -66,12 +72,23 @@ class Settings(BaseModel):
                 f"{self.data.source!r} holds images; accepted: a text source (csv, tsv, jsonl, "
                 "parquet, hub), or model.source = 'embedded' or 'timm'"
             )
-        if self.strategy.method == "dp-lora" and (
+        both = ("dp-lora", "fedex-lora", "flora", "flex-lora")
+        if self.strategy.method in both and (
             self.privacy.max_grad_norm_a or self.privacy.max_grad_norm_b
         ):
             raise ValueError(
                 "privacy.max-grad-norm-a and -b belong to steps that train one factor; "
-                "strategy.method = 'dp-lora' trains both at once: accepted is 0"
+                f"strategy.method = {self.strategy.method!r} trains both at once: accepted is 0"
+            )
+        if self.lora.client_ranks and self.strategy.method != "flex-lora":
+            raise ValueError(
+                "lora.client-ranks belongs to strategy.method = 'flex-lora', got "
+                f"{self.strategy.method!r}: accepted with it is an empty text"
+            )
+        if self.strategy.early_stopping_patience and not self.data.validation_fraction:
+            raise ValueError(
+                "strategy.early-stopping-patience needs public records that the result is not "
+                "reported on: data.validation-fraction is 0, accepted is more than 0"
             )
         return self
 

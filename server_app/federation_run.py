@@ -2,96 +2,44 @@
 
 from __future__ import annotations
 
-import math
-import time
 from logging import INFO, WARNING
 from pathlib import Path
-from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 
 from federation.messages import COUNT_KEY, FINGERPRINT_KEY
-from federation.round_lines import round_line
 from federation.run_files import RunFolder, default_runs_folder
 from federation.settings import Settings
-from strategies import STRATEGIES, LoRAStrategy
-from task.data import Records, load_test_records, num_labels
-from task.metrics import evaluate
-from task.model import TaskModel, build_task_model
+from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
+from task.data import load_test_records, num_labels
+from task.model import build_task_model
 
+from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
+from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
+from .resume import RunAccount, copy_checkpoint, find_earlier_run
 
 
 class NothingLearned(RuntimeError):
     """No round of the run could be applied."""
 
 
-class _Observer:
-    """Evaluates after each round and writes the round's line."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        folder: RunFolder,
-        strategy: LoRAStrategy,
-        model: TaskModel,
-        test: Records,
-        tracker: PrivacyTracker,
-    ) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.rounds_applied = 0
-        self._settings, self._folder, self._strategy = settings, folder, strategy
-        self._model, self._test, self._tracker = model, test, tracker
-        self._bytes_up = self._bytes_down = 0
-        self._started = self._latest = time.monotonic()
-
-    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Flower's ``evaluate_fn``: round 0 is the start."""
-        load_adapter(self._model, arrays)
-        metrics = evaluate(self._model, self._test)
-        report = self._strategy.last_round if server_round else None
-        if report is not None:
-            self._bytes_up += report.bytes_up
-            self._bytes_down += report.bytes_down
-            self.rounds_applied += report.applied
-        epsilon = self._tracker.largest_epsilon()
-        now = time.monotonic()
-        row: dict[str, Any] = {
-            "round": server_round,
-            "accuracy": metrics["accuracy"],
-            "loss": metrics["loss"],
-            "epsilon": epsilon if math.isfinite(epsilon) else None,
-            "bytes_up": self._bytes_up,
-            "bytes_down": self._bytes_down,
-            "clients": report.valid if report else 0,
-            "failures": len(report.failures) if report else 0,
-            "applied": report.applied if report else False,
-            "active": report.plan.describe() if report else "",
-            "seconds": now - self._started,
-            "round_seconds": now - self._latest,
-        }
-        self._latest = now
-        self.rows.append(row)
-        self._folder.append_metrics(row)
-        log(INFO, "%s", round_line(row, self._settings.strategy.num_rounds))
-        return MetricRecord({"accuracy": metrics["accuracy"], "loss": metrics["loss"]})
-
-
-def load_adapter(model: TaskModel, arrays: ArrayRecord) -> None:
-    """Put the tensors of an ArrayRecord into the model, in place."""
-    model.load_adapter_state({n: torch.from_numpy(a.numpy()) for n, a in arrays.items()})
-
-
 def make_strategy(settings: Settings, tracker: PrivacyTracker) -> LoRAStrategy:
     """Build the run's strategy."""
+    bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode != "none"
     return STRATEGIES[settings.strategy.method].from_settings(
         settings.strategy,
+        settings.wire,
         train_head=settings.model.head == "train",
         seed=settings.seed,
         weighted_by_key=COUNT_KEY,
+        update_bound=PlannedBound(settings) if bounded else None,
+        # Seeded test noise is there to be repeated: then sums shall have the same bits too.
+        in_order=settings.privacy.insecure_test_seed >= 0,
+        privacy=_guarantee(settings),
         on_reply=tracker.observe,
     )
 
@@ -117,8 +65,11 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     ------
     NothingLearned
         If no round had enough valid replies; there is no result then.
+    SettingsError
+        If ``resume`` names no run that these settings could go on from.
     """
     runs = Path(settings.output_dir).expanduser() if settings.output_dir else default_runs_folder()
+    earlier = find_earlier_run(settings) if settings.resume else None
     folder = RunFolder.create(runs, method=settings.strategy.method, run_id=run_id)
     folder.write_settings(settings.model_dump(by_alias=True))
     log(INFO, "Run folder: %s", folder.path)
@@ -127,34 +78,46 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     model = build_task_model(
         settings.model, settings.lora, num_labels(settings.data), seed=settings.seed
     ).to(_server_device(settings))
-    test = load_test_records(settings.data, model.encoder)
+    validation, test = split_validation(
+        load_test_records(settings.data, model.encoder),
+        settings.data.validation_fraction,
+        settings.seed,
+    )
     tracker = PrivacyTracker(settings.privacy.target_delta, settings.total_steps)
     strategy = make_strategy(settings, tracker)
-    observer = _Observer(settings, folder, strategy, model, test, tracker)
-    started = time.monotonic()
+    rounds = settings.strategy.num_rounds
+    observer = Observer(folder, rounds, strategy, model, test, validation, tracker)
+    account = RunAccount(tracker, settings.strategy.local_steps)
+    checkpoint = Checkpoint(folder.checkpoint, {"observer": observer, "account": account})
+    if earlier is not None:
+        copy_checkpoint(earlier, folder)
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(
             {name: Array(value.numpy()) for name, value in model.adapter_state().items()}
         ),
-        num_rounds=settings.strategy.num_rounds,
+        num_rounds=rounds,
         timeout=settings.strategy.round_timeout,
         train_config=ConfigRecord({FINGERPRINT_KEY: model.fingerprint}),
         evaluate_fn=observer,
+        checkpoint=checkpoint,
+        early_stopping=_early_stopping(settings),
     )
     if not observer.rounds_applied:
         raise NothingLearned(
-            f"none of the {settings.strategy.num_rounds} rounds had "
+            f"none of the {rounds} rounds had "
             f"{settings.strategy.min_train_nodes} valid replies (strategy.min-train-nodes); the "
             "reasons stand above, round by round"
         )
-    # The model holds the last round's adapter: the observer loaded it.
+    # A run that went on from its last round evaluated nothing: the strategy has the adapter.
+    load_adapter(model, strategy.arrays)
     model.save_adapter(folder.adapter)
     first, last = observer.rows[0], observer.rows[-1]
     folder.write_result(
         {
             "method": settings.strategy.method,
-            "rounds": settings.strategy.num_rounds,
+            "rounds": last["round"],
+            "stopped_early": last["round"] < rounds,
             "clients": max(row["clients"] for row in observer.rows),
             "accuracy_start": first["accuracy"],
             "accuracy_end": last["accuracy"],
@@ -162,12 +125,32 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
             "delta": settings.privacy.target_delta,
             "bytes_up": last["bytes_up"],
             "bytes_down": last["bytes_down"],
-            "seconds": time.monotonic() - started,
+            "seconds": last["seconds"],
             "adapter": str(folder.adapter),
         }
     )
     log(INFO, "Result: %s", folder.result)
     return folder
+
+
+def _early_stopping(settings: Settings) -> EarlyStopping | None:
+    if not settings.strategy.early_stopping_patience:
+        return None
+    return EarlyStopping(
+        metric=VALIDATION_ACCURACY,
+        patience=settings.strategy.early_stopping_patience,
+        min_delta=settings.strategy.early_stopping_min_delta,
+    )
+
+
+def _guarantee(settings: Settings) -> str:
+    privacy = settings.privacy
+    if privacy.mode == "none" or privacy.insecure_test_seed >= 0:
+        return "none: this run is NOT PRIVATE"
+    return (
+        f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} at most, over all "
+        "rounds, against the server too"
+    )
 
 
 def _server_device(settings: Settings) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from flwr.app import ConfigRecord, Message
 
@@ -94,6 +95,29 @@ class PrivacyTracker:
         )
         old = self._statements.get(node)
         self._statements[node] = new if node not in self._statements else _after(old, new)
+
+    def assume_lost_round(self, steps: int) -> None:
+        """Count a round whose end this server did not see as spent by every client.
+
+        A run that goes on from a checkpoint asks again for the round in which it was cut off, and
+        clients may have released it already.  Counting it twice can only overstate.
+        """
+        for node, one in self._statements.items():
+            if one is not None:
+                self._statements[node] = dataclasses.replace(one, before=one.before + steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every client's statement so far; ``None`` for one that guarantees nothing."""
+        return {
+            str(node): dataclasses.asdict(one) if one else None
+            for node, one in sorted(self._statements.items())
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self._statements = {
+            int(node): Statement(**numbers) if numbers else None for node, numbers in state.items()
+        }
 
     def largest_epsilon(self) -> float:
         """Largest epsilon spent so far by any client; 0 before the first reply."""

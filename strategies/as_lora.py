@@ -9,16 +9,17 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.common import log
 
-from .base import PRIVACY_KEY, LoRAStrategy
-from .replies import WeightedMean
+from .base import PRIVACY_KEY, LoRAStrategy, Update
+from .client_scores import ClientScores
 from .round_plan import Mode, RoundPlan
 from .scores import ScoreSource, UpdateEnergies
 from .selection import FactorChoice, Granularity, group_of
-from .settings import StrategySettings
+from .settings import StrategySettings, WireSettings
 from .tensor_names import kind_of, layer_of
+from .trimmed_mean import TrimmedMean
 
 _LARGEST_NOISE = 1e6  # per value of a mean gradient; squares of more could leave a float's range
 
@@ -39,9 +40,10 @@ class ASLoRA(LoRAStrategy):
         Rounds T, which set the warm-up.
     granularity : {"block", "module"} (default: "block")
         What shares one choice: a transformer block, or a single adapted module.
-    score : {"auto", "debiased", "pairwise"} (default: "auto")
+    score : {"auto", "debiased", "pairwise", "client"} (default: "auto")
         ``debiased`` needs plain SGD and clients that state their noise; ``auto`` takes it
-        where that holds, and ``pairwise`` elsewhere.
+        where that holds, and ``pairwise`` elsewhere.  ``client``: the paper's form, one number
+        per group that each client makes of its own noised gradients and sends.
     ema, exploration : float
         See :class:`~strategies.selection.FactorChoice`.
     **others
@@ -54,14 +56,14 @@ class ASLoRA(LoRAStrategy):
     """
 
     name = "as-lora"
-    rule = "A or B by layer and round, by privatised scores; B first"
+    rule = "A or B by layer and round, by scores of the updates; B first"
 
     def __init__(
         self,
         *,
         num_rounds: int = 10,
         granularity: Granularity = "block",
-        score: Literal["auto", "debiased", "pairwise"] = "auto",
+        score: Literal["auto", "debiased", "pairwise", "client"] = "auto",
         ema: float = 0.9,
         exploration: float = 0.05,
         **others: Any,
@@ -74,18 +76,22 @@ class ASLoRA(LoRAStrategy):
         self.last_scores: dict[str, float] = {}
         self._choice: FactorChoice | None = None
         self._energies: UpdateEnergies | None = None
+        self._stated: ClientScores | None = None
         super().__init__(**others)
-        if score == "debiased" and self.optimizer != "sgd":
+        if score in ("debiased", "client") and self.optimizer != "sgd":
             raise ValueError(
-                f"score 'debiased' needs optimizer 'sgd', got {self.optimizer!r}: an adaptive step "
+                f"score {score!r} needs optimizer 'sgd', got {self.optimizer!r}: an adaptive step "
                 "has no known noise; take 'pairwise'"
             )
 
     @classmethod
-    def from_settings(cls, settings: StrategySettings, **others: Any) -> Self:
+    def from_settings(
+        cls, settings: StrategySettings, wire: WireSettings | None = None, **others: Any
+    ) -> Self:
         """Make the strategy that the settings ask for."""
         return super().from_settings(
             settings,
+            wire,
             num_rounds=settings.num_rounds,
             granularity=settings.granularity,
             score=settings.score,
@@ -115,36 +121,43 @@ class ASLoRA(LoRAStrategy):
     def plan(self, server_round: int) -> RoundPlan:
         """Instructions of a round, with the layers whose choice differs from :meth:`mode`."""
         plan = super().plan(server_round)
+        if self.score == "client":
+            plan = dataclasses.replace(plan, scores=self.granularity)
         if self.choice is None:
             return plan
         chosen = self.choice.choose(server_round)
         modes: dict[str, Mode] = {
             layer_of(name): chosen[group_of(name, self.granularity)]
             for name in self._adapter
-            if kind_of(name) != "head"
+            if kind_of(name) in ("A", "B")
         }
         return dataclasses.replace(
             plan, layer_modes={layer: m for layer, m in modes.items() if m != plan.mode}
         )
 
     def _begin(self, plan: RoundPlan) -> None:
-        active = (name for name in plan.uploaded(self._adapter) if kind_of(name) != "head")
+        active = [name for name in plan.uploaded(self._adapter) if kind_of(name) != "head"]
         self._energies = UpdateEnergies({n: group_of(n, self.granularity) for n in active})
+        self._stated = ClientScores(self._energies.groups) if self.score == "client" else None
 
-    def _observe(
-        self, update: Mapping[str, npt.NDArray[np.float32]], weight: float, reply: Message
-    ) -> None:
+    def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
+        if self._stated is not None:
+            self._stated.add(reply, weight)  # first: it may refuse the reply
+        super()._fold(update, weight, reply, rank)
         if self._energies is not None:
             self._energies.add(update, weight, _stated_noise(reply))
 
-    def _apply(self, plan: RoundPlan, mean: WeightedMean) -> None:
-        super()._apply(plan, mean)
+    def _apply(self, plan: RoundPlan) -> None:
+        super()._apply(plan)
         if self._energies is None or self.choice is None:
             return
-        source = self._source(self._energies)
-        changes = mean.mean()
+        # Scores need the ordinary mean: its noise is known, and pairs add up in it.
+        mean = self._mean.plain if isinstance(self._mean, TrimmedMean) else self._mean
+        source, changes = self._source(self._energies), mean.mean()
         lr = {name: plan.learning_rate(name) for name in changes}
-        if source == "debiased":
+        if self._stated is not None:
+            scores = self._stated.mean()
+        elif source == "debiased":
             scores = self._energies.debiased(changes, lr, plan.local_steps, low_pass=plan.low_pass)
         else:
             scores = self._energies.pairwise(changes, lr, plan.local_steps)
@@ -156,7 +169,20 @@ class ASLoRA(LoRAStrategy):
         self.last_scores = scores
         self._log(plan, source, changes)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Scores so far, besides what every strategy keeps."""
+        choice = self.choice
+        return {**super().state_dict(), "choice": choice.state_dict() if choice else None}
+
+    def load_state_dict(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
+        """Go on from :meth:`state_dict`."""
+        super().load_state_dict(state, arrays)
+        if self.choice is not None and state["choice"] is not None:
+            self.choice.load_state_dict(state["choice"])
+
     def _source(self, energies: UpdateEnergies) -> ScoreSource:
+        if self.score == "client":
+            return "client"
         if self.score == "pairwise" or self.optimizer != "sgd":
             return "pairwise"
         if energies.noise_is_known:

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from logging import INFO, WARNING
+from logging import WARNING
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import (
-    Array,
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
+from .checkpoint import Checkpoint
+from .downlink import Asked, Downlink, needs_full
+from .loop import EarlyStopping, EvaluateFn, run_rounds
 from .nodes import sample_nodes
-from .replies import InvalidReply, WeightedMean, read_update, read_weight
+from .norm_bound import Bound, UpdateBound
+from .replies import InvalidReply, WeightedMean, check_norms, read_update, read_weight
 from .report import RoundReport, payload_bytes
 from .round_plan import Mode, Optimizer, RoundPlan
-from .settings import StrategySettings
-from .tensor_names import kind_of
+from .settings import StrategySettings, WireSettings
+from .summary import log_summary
+from .tensor_names import Kind, kind_of
+from .trimmed_mean import TrimmedMean
+from .wire_dtypes import WireDtype, relative_error
 
 ROUND_PLAN_KEY = "round-plan"
 PRIVACY_KEY = "privacy"  # a reply's public statement of the noise on it
 Weighting = Literal["uniform", "public-counts"]
+Update = Mapping[str, npt.NDArray[np.float32]]
 
 
 class LoRAStrategy(Strategy):
@@ -39,7 +40,8 @@ class LoRAStrategy(Strategy):
 
     A subclass says which factors a round trains (:meth:`mode`).  Clients send the change of
     exactly those tensors; the server adds the weighted mean of the changes and keeps every
-    other tensor bit for bit, so the frozen factor never gets lost or moves.
+    other tensor bit for bit, so the frozen factor never gets lost or moves.  Each node is sent
+    only the tensors that changed since the version that it holds.
 
     Parameters
     ----------
@@ -58,6 +60,14 @@ class LoRAStrategy(Strategy):
     weighting : {"uniform", "public-counts"} (default: "uniform")
         Mean over clients with equal weights, or by ``weighted_by_key``, which clients then
         must declare public.
+    trim : float (default: 0.0)
+        Share of the clients whose values are dropped at either end, coordinate by coordinate;
+        0: the ordinary mean.  See :class:`~strategies.trimmed_mean.TrimmedMean`.
+    update_bound : UpdateBound, optional
+        How long an update may be (anything with its ``limits``); longer ones are refused.
+        ``None``: no limit.
+    wire_dtype : {"float32", "bfloat16", "float16", "int8"} (default: "float32")
+        How clients write their updates.  What travels down is always float32.
     fraction_train, min_train_nodes, min_available_nodes
         As in Flower's FedAvg.  A round with fewer than ``min_train_nodes`` valid replies
         is not applied.
@@ -67,8 +77,13 @@ class LoRAStrategy(Strategy):
         Names of records and keys, as in FedAvg.
     seed : int (default: 0)
         Seeds the choice of nodes.
+    in_order : bool (default: False)
+        Take replies in the order of nodes, so that equal replies give equal bits whatever order
+        they come in.  For tests and studies: it waits for the slowest first.
+    privacy : str, optional
+        What :meth:`summary` says of the run's privacy; the strategy itself promises none.
     on_reply : callable, optional
-        ``on_reply(node_id, message)`` is called for each reply with content, before it is checked.
+        ``on_reply(node_id, message)`` is called for each trained reply, before it is checked.
 
     Attributes
     ----------
@@ -84,6 +99,7 @@ class LoRAStrategy(Strategy):
     name: ClassVar[str]
     rule: ClassVar[str]
     low_pass_by_default: ClassVar[bool] = False
+    can_trim: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -97,6 +113,9 @@ class LoRAStrategy(Strategy):
         low_pass: bool | None = None,
         train_head: bool = True,
         weighting: Weighting = "uniform",
+        trim: float = 0.0,
+        update_bound: Bound | None = None,
+        wire_dtype: WireDtype = "float32",
         fraction_train: float = 1.0,
         min_train_nodes: int = 2,
         min_available_nodes: int = 2,
@@ -105,6 +124,8 @@ class LoRAStrategy(Strategy):
         arrayrecord_key: str = "arrays",
         configrecord_key: str = "config",
         seed: int = 0,
+        in_order: bool = False,
+        privacy: str | None = None,
         on_reply: Callable[[int, Message], None] | None = None,
     ) -> None:
         self.local_steps = local_steps
@@ -113,6 +134,9 @@ class LoRAStrategy(Strategy):
         self.low_pass = self.low_pass_by_default if low_pass is None else low_pass
         self.train_head = train_head
         self.weighting = weighting
+        self.trim = trim
+        self.update_bound = update_bound
+        self.wire_dtype = wire_dtype
         self.fraction_train = fraction_train
         self.min_train_nodes = min_train_nodes
         self.min_available_nodes = min_available_nodes
@@ -121,15 +145,35 @@ class LoRAStrategy(Strategy):
         self.arrayrecord_key = arrayrecord_key
         self.configrecord_key = configrecord_key
         self.seed = seed
+        self.in_order = in_order
+        self.privacy = privacy
         self.on_reply = on_reply
         self.last_round: RoundReport | None = None
         self._adapter: dict[str, npt.NDArray[np.float32]] = {}
-        self._sent: list[Message] = []
+        self._record: ArrayRecord | None = None
+        self._mean: WeightedMean | TrimmedMean = WeightedMean()
+        self._downlink = Downlink(self._tensors_for, arrayrecord_key)
+        self._warned = False
+        if trim and not self.can_trim:
+            raise ValueError(f"{self.name} averages products of factors: trim must be 0")
+        by_count = isinstance(update_bound, UpdateBound) and update_bound.sample_rate is not None
+        if by_count and weighting != "public-counts":
+            raise ValueError(
+                "an update_bound with sample_rate needs the record counts that weighting = "
+                f"'public-counts' asks for, got {weighting!r}; give it expected_batch_size"
+            )
+        relative_error(wire_dtype)  # refuses what is no wire dtype
         self.plan(1)  # refuses numbers that no round could have, before anything starts
 
     @classmethod
     def from_settings(
-        cls, settings: StrategySettings, *, train_head: bool = True, seed: int = 0, **others: Any
+        cls,
+        settings: StrategySettings,
+        wire: WireSettings | None = None,
+        *,
+        train_head: bool = True,
+        seed: int = 0,
+        **others: Any,
     ) -> Self:
         """Make the strategy that the settings ask for; ``others`` are further arguments."""
         return cls(
@@ -142,6 +186,8 @@ class LoRAStrategy(Strategy):
             low_pass=None if settings.low_pass == "auto" else settings.low_pass == "on",
             train_head=train_head,
             weighting=settings.weighting,
+            trim=settings.trim,
+            wire_dtype=(wire or WireSettings()).dtype,
             fraction_train=settings.fraction_train,
             min_train_nodes=settings.min_train_nodes,
             min_available_nodes=settings.min_available_nodes,
@@ -169,19 +215,70 @@ class LoRAStrategy(Strategy):
             optimizer=self.optimizer,
         )
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float | None = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+        *,
+        checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+        early_stopping: EarlyStopping | None = None,
+    ) -> Result:
+        """Run the federation, as Flower's own ``start`` does, from a checkpoint if there is one.
+
+        Replies are taken one by one and dropped, so memory does not grow with the number of
+        clients; a node that asks for everything gets it within the round.
+
+        Parameters
+        ----------
+        grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
+            As in Flower.  ``initial_arrays``: the adapter by PEFT's names.
+        checkpoint : Checkpoint or path, optional
+            Where the whole server state goes after every round, in one atomic file; if the file
+            is there already, the run goes on from it.
+        early_stopping : EarlyStopping, optional
+            When to end before ``num_rounds``.
+
+        Returns
+        -------
+        Result
+            As in Flower, with the whole adapter in ``arrays`` whatever happened.
+
+        Raises
+        ------
+        NotEnoughNodes
+            If too few nodes connect within ``node_timeout``.
+        CheckpointError
+            If the checkpoint is damaged or of another run.
+        """
+        return run_rounds(
+            self,
+            grid,
+            initial_arrays,
+            num_rounds=num_rounds,
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+            checkpoint=Checkpoint.of(checkpoint),
+            early_stopping=early_stopping,
+        )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Ask the sampled nodes to train, each with the adapter and the round plan.
+        """Ask the sampled nodes to train, each with the tensors that it lacks and the round plan.
 
         Raises
         ------
         NotEnoughNodes
             If too few nodes connect within ``node_timeout``.
         """
-        self._adapter = {name: array.numpy() for name, array in arrays.items()}
-        if not any(kind_of(name) != "head" for name in self._adapter):
-            raise ValueError("the initial arrays hold no LoRA factor (lora_A / lora_B names)")
+        self.take_arrays(arrays)
         nodes = sample_nodes(
             grid,
             fraction=self.fraction_train,
@@ -190,27 +287,32 @@ class LoRAStrategy(Strategy):
             timeout=self.node_timeout,
             seed=(self.seed, server_round),
         )
-        config["server-round"] = server_round
-        content = RecordDict(
-            {
-                self.arrayrecord_key: arrays,
-                self.configrecord_key: config,
-                ROUND_PLAN_KEY: self.plan(server_round).to_record(),
-            }
-        )
+        common = {
+            self.configrecord_key: ConfigRecord({**config, "server-round": server_round}),
+            ROUND_PLAN_KEY: self.plan(server_round).to_record(),
+        }
         # A list: Flower's HTTP grid walks the messages twice.
-        self._sent = [
-            Message(content=content, message_type=MessageType.TRAIN, dst_node_id=node)
-            for node in nodes
-        ]
-        return self._sent
+        return self._downlink.open_round(
+            nodes, common, default_rank=self._default_rank(), dtype=self.wire_dtype
+        )
+
+    def follow_up(self, reply: Message) -> Message | None:
+        """Everything for a node that could not go on from what it was sent; else ``None``."""
+        return self._downlink.follow_up(reply)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold valid replies into the mean of the active tensors and apply it.
 
-        A failed, malformed or duplicate reply costs that client's share and a warning.
+        A failed, malformed, late or duplicate reply costs that client's share and a warning.
+
+        Parameters
+        ----------
+        server_round : int
+            The round that :meth:`configure_train` opened.
+        replies : iterable of Message
+            Each is looked at once and not kept.
 
         Returns
         -------
@@ -219,80 +321,89 @@ class LoRAStrategy(Strategy):
             adapter as it was), and counts: replies, failures, bytes.
         """
         plan = self.plan(server_round)
-        expected = {name: self._adapter[name].shape for name in plan.uploaded(self._adapter)}
-        nodes = {m.metadata.message_id: m.metadata.dst_node_id for m in self._sent}
-        mean, failures, bytes_up = WeightedMean(), [], 0
+        failures: list[str] = []
+        bytes_up = private = 0
+        asked_nodes = self._downlink.asked()
+        self._mean = TrimmedMean(self.trim, asked_nodes) if self.trim else WeightedMean()
+        self._limits: dict[tuple[int, float | None], Mapping[Kind, float]] = {}
         self._begin(plan)
         for reply in replies:
-            # A dead node's error comes from the SuperLink: only this field names the node.
-            node = nodes.pop(reply.metadata.reply_to_message_id, None)
+            asked = self._downlink.sender(reply)
             try:
                 if reply.has_error():
                     raise InvalidReply(f"error code {reply.error.code}: {reply.error.reason}")
-                if node is None:
+                if asked is None:
                     raise InvalidReply("answers no open message of this round (a duplicate?)")
                 bytes_up += payload_bytes(reply.content)
-                if self.on_reply is not None:
-                    self.on_reply(node, reply)
-                update = read_update(reply, expected, self.arrayrecord_key)
-                weight = 1.0
-                if self.weighting == "public-counts":
-                    weight = read_weight(reply, self.weighted_by_key)
-                mean.add(update, weight)
-                self._observe(update, weight, reply)
+                self._accept(plan, asked, reply)
+                private += _states_privacy(reply)
             except InvalidReply as error:
-                failures.append(f"node {node or reply.metadata.src_node_id}: {error}")
-                log(WARNING, "Round %d goes on without %s", server_round, failures[-1])
-        for node in nodes.values():
-            failures.append(f"node {node}: no reply in time")
-            log(WARNING, "Round %d goes on without %s", server_round, failures[-1])
+                node = asked.node if asked else reply.metadata.src_node_id
+                if asked:
+                    self._downlink.forget(node)
+                self._note(failures, server_round, f"node {node}: {error}")
+            del reply, asked  # not kept while the next one is fetched
+        for node in self._downlink.close_round():
+            self._note(failures, server_round, f"node {node}: no reply in time")
 
-        applied = mean.count >= self.min_train_nodes
-        if not applied:
-            log(
-                WARNING,
-                "Round %d is not applied: %d valid replies, min_train_nodes is %d",
-                server_round,
-                mean.count,
-                self.min_train_nodes,
-            )
+        valid = self._mean.count
+        applied = valid >= self.min_train_nodes and self._apply_if_finite(plan)
+        if applied:
+            self._record = ArrayRecord({n: Array(value) for n, value in self._adapter.items()})
+        else:
+            text = "Round %d is not applied: %d valid replies, min_train_nodes is %d"
+            log(WARNING, text, server_round, valid, self.min_train_nodes)
+        self._warn_if_not_private(valid, private)
         self.last_round = RoundReport(
             server_round=server_round,
             plan=plan,
-            asked=len(self._sent),
-            valid=mean.count,
+            asked=asked_nodes,
+            valid=valid,
             failures=tuple(failures),
             applied=applied,
-            bytes_down=sum(payload_bytes(m.content) for m in self._sent),
+            private=valid > 0 and private == valid,
+            bytes_down=self._downlink.bytes_down,
             bytes_up=bytes_up,
         )
-        self._sent = []
         metrics = MetricRecord(
             {
-                "num-replies": mean.count,
+                "num-replies": valid,
                 "num-failures": len(failures),
-                "bytes-down": self.last_round.bytes_down,
+                "num-private": private,
+                "bytes-down": self._downlink.bytes_down,
                 "bytes-up": bytes_up,
             }
         )
-        if not applied:
-            return None, metrics
-        self._apply(plan, mean)
-        return ArrayRecord({n: Array(value) for n, value in self._adapter.items()}), metrics
+        return self._record if applied else None, metrics
 
-    def _begin(self, plan: RoundPlan) -> None:
-        """Prepare for a round's replies; for methods that learn more from them than the mean."""
+    def take_arrays(self, arrays: ArrayRecord) -> None:
+        """Make these arrays the adapter, unless they are the strategy's own latest.
 
-    def _observe(
-        self, update: Mapping[str, npt.NDArray[np.float32]], weight: float, reply: Message
-    ) -> None:
-        """Look at a valid reply as it is folded in; see :meth:`_begin`."""
+        Raises
+        ------
+        ValueError
+            If they hold no LoRA factor.
+        """
+        if arrays is self._record:
+            return
+        adapter = {name: array.numpy() for name, array in arrays.items()}
+        if not any(kind_of(name) in ("A", "B") for name in adapter):
+            raise ValueError("the initial arrays hold no LoRA factor (lora_A / lora_B names)")
+        self._adapter, self._record = adapter, arrays
 
-    def _apply(self, plan: RoundPlan, mean: WeightedMean) -> None:
-        """Move the active tensors by the mean change, in float64 before one rounding."""
-        for name, change in mean.mean().items():
-            moved = self._adapter[name].astype(np.float64) + change
-            self._adapter[name] = moved.astype(np.float32)
+    @property
+    def arrays(self) -> ArrayRecord:
+        """The whole adapter as of the latest round; empty before the first."""
+        return self._record or ArrayRecord()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the adapter that the next round depends on; plain JSON values."""
+        return {"downlink": self._downlink.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], arrays: ArrayRecord) -> None:
+        """Go on from :meth:`state_dict` and the adapter that belongs to it."""
+        self.take_arrays(arrays)
+        self._downlink.load_state_dict(state["downlink"])
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -307,24 +418,87 @@ class LoRAStrategy(Strategy):
         return None
 
     def summary(self) -> None:
-        """Log method, active-factor rule, learning rates, sampling and weights as a tree."""
-        log(INFO, "\t├──> Method: %s", self.name)
-        log(INFO, "\t│\t├── Active factors: %s", self.rule)
-        log(INFO, "\t│\t├── Head: %s", "trained" if self.train_head else "frozen")
-        log(
-            INFO,
-            "\t│\t├── Local steps: %d (%s, lr A %g, B %g, head %g, decay %g a round)",
-            self.local_steps,
-            self.optimizer,
-            self.lr_a,
-            self.lr_b,
-            self.lr_head,
-            self.lr_decay,
-        )
-        log(INFO, "\t│\t└── Low-pass filter: %s", "on" if self.low_pass else "off")
-        log(INFO, "\t├──> Sampling:")
-        log(INFO, "\t│\t├── Fraction: train (%.2f)", self.fraction_train)
-        log(INFO, "\t│\t├── Minimum nodes: train (%d)", self.min_train_nodes)
-        log(INFO, "\t│\t└── Minimum available nodes: %d", self.min_available_nodes)
-        log(INFO, "\t├──> Mean over clients: %s", self.weighting)
-        log(INFO, "\t└──> Up the wire: the change of the tensors active in the round, float32")
+        """Log method, active-factor rule, privacy, wire, sampling and weights as a tree."""
+        log_summary(self)
+
+    # What a method may do differently.
+
+    def _begin(self, plan: RoundPlan) -> None:
+        """Prepare for a round's replies; for methods that learn more from them than the mean."""
+
+    def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
+        """Fold a checked update in; may refuse it with InvalidReply before changing anything."""
+        self._mean.add(update, weight)
+
+    def _apply(self, plan: RoundPlan) -> None:
+        """Move the active tensors by the mean change, in float64 before one rounding.
+
+        New arrays take the place of old ones, which nothing may change: see ``Downlink``.
+        """
+        for name, change in self._mean.mean().items():
+            moved = self._adapter[name].astype(np.float64) + change
+            self._adapter[name] = moved.astype(np.float32)
+
+    def _apply_if_finite(self, plan: RoundPlan) -> bool:
+        """Apply the round unless values would leave float32's range; the adapter stays then."""
+        before = dict(self._adapter)
+        with np.errstate(over="ignore"):  # seen below
+            self._apply(plan)
+        for name, value in self._adapter.items():
+            if value is not before.get(name) and not np.isfinite(value).all():
+                log(WARNING, "Round %d would make %s infinite", plan.server_round, name)
+                self._adapter = before
+                return False
+        return True
+
+    def _default_rank(self) -> int:
+        """Rank of nodes that have stated none; 0 where all nodes are alike."""
+        return 0
+
+    def _tensors_for(self, rank: int) -> Update:
+        """The adapter as nodes of a rank hold it; ValueError if there are none of that rank."""
+        if rank != 0:
+            raise ValueError(f"{self.name} has no ranks by client, got {rank}")
+        return self._adapter
+
+    # Checks of a reply.
+
+    def _accept(self, plan: RoundPlan, asked: Asked, reply: Message) -> None:
+        """Check a reply and fold it in; nothing of a bad one stays."""
+        if needs_full(reply):
+            raise InvalidReply("could not go on from what it was sent, and did not train")
+        if self.on_reply is not None:
+            self.on_reply(asked.node, reply)
+        self._downlink.take_statement(asked, reply)
+        tensors = self._tensors_for(asked.rank)
+        shapes = {name: tensors[name].shape for name in plan.uploaded(tensors)}
+        update = read_update(reply, shapes, self.arrayrecord_key, self.wire_dtype)
+        weight = 1.0
+        if self.weighting == "public-counts":
+            weight = read_weight(reply, self.weighted_by_key)
+        if self.update_bound is not None:
+            count = weight if self.weighting == "public-counts" else None
+            if (asked.rank, count) not in self._limits:
+                limits = self.update_bound.limits(plan, shapes, count)
+                rounding = 1 + relative_error(self.wire_dtype)
+                self._limits[asked.rank, count] = {k: rounding * v for k, v in limits.items()}
+            check_norms(update, self._limits[asked.rank, count])
+        self._fold(update, weight, reply, asked.rank)
+
+    def _note(self, failures: list[str], server_round: int, text: str) -> None:
+        failures.append(text)
+        log(WARNING, "Round %d goes on without %s", server_round, text)
+
+    def _warn_if_not_private(self, valid: int, private: int) -> None:
+        if private < valid and not self._warned:
+            text = "%d of %d replies state no noise: this run is NOT PRIVATE"
+            log(WARNING, text, valid - private, valid)
+            self._warned = True
+
+
+def _states_privacy(reply: Message) -> bool:
+    record = reply.content.get(PRIVACY_KEY)
+    if not isinstance(record, ConfigRecord) or record.get("secure-noise") is not True:
+        return False
+    noise = record.get("noise-multiplier")
+    return isinstance(noise, float) and noise > 0

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, Message, MetricRecord
 
+from .tensor_names import Kind, kind_of
+from .wire_dtypes import WireDtype, WireError, unpack
+
 Float64s = npt.NDArray[np.float64]
 
 
@@ -16,9 +19,12 @@ class InvalidReply(ValueError):
 
 
 def read_update(
-    message: Message, expected: Mapping[str, tuple[int, ...]], key: str = "arrays"
+    message: Message,
+    expected: Mapping[str, tuple[int, ...]],
+    key: str = "arrays",
+    dtype: WireDtype = "float32",
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Take a reply's update apart, refusing anything but finite float32 of the right shapes.
+    """Take a reply's update apart, refusing anything but finite values of the right shapes.
 
     Parameters
     ----------
@@ -28,6 +34,8 @@ def read_update(
         Names and shapes of the tensors that the round made active.
     key : str (default: "arrays")
         Name of the reply's ArrayRecord.
+    dtype : str (default: "float32")
+        How the round asked for updates to be written.
 
     Raises
     ------
@@ -37,29 +45,42 @@ def read_update(
     record = message.content.get(key)
     if not isinstance(record, ArrayRecord):
         raise InvalidReply(f"no ArrayRecord {key!r}")
-    missing = sorted(set(expected) - set(record))
-    surplus = set(record) - set(expected)
-    if missing or surplus:
-        raise InvalidReply(
-            f"{len(missing)} tensors are missing (first: {missing[0] if missing else 'none'}) and "
-            f"{len(surplus)} are not active this round"
-        )
-    update = {}
-    for name, shape in expected.items():
-        array = record[name]
-        # Told by the header alone, before any of its bytes become an array.
-        if array.dtype != "float32" or tuple(array.shape) != shape:
-            raise InvalidReply(f"{name} must be float32 {shape}, not what was sent")
-        try:
-            value = array.numpy()
-        except (ValueError, OSError, EOFError, TypeError, SyntaxError) as error:
-            raise InvalidReply(f"{name} cannot be read ({type(error).__name__})") from error
-        if value.dtype != np.float32 or value.shape != shape:
-            raise InvalidReply(f"{name} holds other data than its header says")
-        if not np.isfinite(value).all():
-            raise InvalidReply(f"{name} has values that are not finite")
-        update[name] = value
-    return update
+    try:
+        return unpack(record, expected, dtype)
+    except WireError as error:
+        raise InvalidReply(str(error)) from error
+
+
+def check_norms(
+    update: Mapping[str, npt.NDArray[np.float32]], limits: Mapping[Kind, float]
+) -> None:
+    """Refuse an update that is larger than any honest one.
+
+    Parameters
+    ----------
+    update : mapping of str to array
+        A client's change of the active tensors.
+    limits : mapping of kind to float
+        Largest L2 norm over all tensors of a kind jointly; see
+        :class:`~strategies.norm_bound.UpdateBound`.
+
+    Raises
+    ------
+    InvalidReply
+        Naming the kind and its limit.
+    """
+    squares = dict.fromkeys(limits, 0.0)
+    for name, value in update.items():
+        kind = kind_of(name)
+        if kind in squares:
+            wide = value.ravel().astype(np.float64)  # a square could leave float32's range
+            squares[kind] += float(np.dot(wide, wide))
+    for kind, limit in limits.items():
+        if squares[kind] > limit**2:
+            raise InvalidReply(
+                f"the update of the {kind} tensors is longer than {limit:.4g}, the most that the "
+                "public plan allows"
+            )
 
 
 def read_weight(message: Message, key: str, metrics_key: str = "metrics") -> float:

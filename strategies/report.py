@@ -11,7 +11,26 @@ from .round_plan import RoundPlan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundReport:
-    """What happened in a round, from the server's side; public."""
+    """What happened in a round, from the server's side; public.
+
+    Parameters
+    ----------
+    server_round : int
+        Round, from 1.
+    plan : RoundPlan
+        What it trained.
+    asked, valid : int
+        Nodes asked, and replies that entered the mean.
+    failures : tuple of str
+        Node and reason of every reply that did not.
+    applied : bool
+        Whether the adapter moved.
+    private : bool
+        Whether every reply came with a statement of its privacy; without one a round is an
+        ordinary, non-private one.
+    bytes_down, bytes_up : int
+        Bytes of the tensors in the round's messages, as serialised.
+    """
 
     server_round: int
     plan: RoundPlan
@@ -19,6 +38,7 @@ class RoundReport:
     valid: int
     failures: tuple[str, ...]
     applied: bool
+    private: bool
     bytes_down: int
     bytes_up: int
 

@@ -13,6 +13,7 @@ from .tensor_names import kind_of, layer_of
 
 Mode = Literal["A", "B", "both", "alternate"]
 Optimizer = Literal["sgd", "adamw"]
+ScoredBy = Literal["none", "block", "module"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class RoundPlan:
         This round's learning rates, decay included.
     low_pass : bool
         Whether noised factor gradients are smoothed before the optimizer step.
+    scores : {"none", "block", "module"}
+        Whether clients send AS-LoRA scores of what they trained, and one for what.
     """
 
     server_round: int
@@ -50,6 +53,7 @@ class RoundPlan:
     low_pass: bool = False
     optimizer: Optimizer = "sgd"
     layer_modes: Mapping[str, Mode] = dataclasses.field(default_factory=dict)
+    scores: ScoredBy = "none"
 
     def __post_init__(self) -> None:
         """Refuse a plan that no client could follow."""
@@ -64,6 +68,8 @@ class RoundPlan:
             raise ValueError(
                 f"optimizer must be one of {get_args(Optimizer)}, got {self.optimizer!r}"
             )
+        if self.scores not in get_args(ScoredBy):
+            raise ValueError(f"scores must be one of {get_args(ScoredBy)}, got {self.scores!r}")
         alternates = "alternate" in (self.mode, *self.layer_modes.values())
         if alternates and self.local_steps % 2:
             raise ValueError(
@@ -88,6 +94,8 @@ class RoundPlan:
         kind = kind_of(name)
         if kind == "head":
             return self.train_head
+        if kind == "fold":
+            return False
         mode = self.layer_modes.get(layer_of(name), self.mode)
         if mode == "alternate":
             return kind == ("B" if step % 2 else "A")
@@ -121,7 +129,7 @@ class RoundPlan:
         kinds: dict[str, tuple[type, ...]] = {
             "server_round": (int,), "local_steps": (int,), "mode": (str,), "optimizer": (str,),
             "lr_a": (float, int), "lr_b": (float, int), "lr_head": (float, int),
-            "train_head": (bool,), "low_pass": (bool,), "layer_modes": (str,),
+            "train_head": (bool,), "low_pass": (bool,), "layer_modes": (str,), "scores": (str,),
         }  # fmt: skip
         for name, types in kinds.items():
             if type(fields[name]) not in types:

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-ScoreSource = Literal["debiased", "pairwise"]
+ScoreSource = Literal["debiased", "pairwise", "client"]
 
 _KERNEL = np.array([1.0, 4.0, 6.0, 4.0, 1.0]) / 16
 
@@ -70,6 +70,11 @@ class UpdateEnergies:
             self._noise = None
         elif self._noise is not None:
             self._noise += (weight * noise_std) ** 2
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Groups that the round trained, in order."""
+        return tuple(dict.fromkeys(self._groups.values()))
 
     @property
     def noise_is_known(self) -> bool:

@@ -6,11 +6,39 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Method = Literal["dp-lora", "ffa-lora", "ro-lora", "la-lora", "as-lora"]
+from .wire_dtypes import WireDtype
+
+Method = Literal[
+    "dp-lora",
+    "ffa-lora",
+    "ro-lora",
+    "la-lora",
+    "as-lora",
+    "fed-svd",
+    "fedex-lora",
+    "flora",
+    "flex-lora",
+]
+# Their mean is one of products of factors, not of values that could be trimmed one by one.
+PRODUCT_METHODS = ("fedex-lora", "flora", "flex-lora")
 
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
+
+
+class WireSettings(BaseModel):
+    """How updates travel up (keys ``wire.*``)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
+    )
+
+    dtype: WireDtype = Field(
+        default="float32",
+        description="How clients write their updates: float32, bfloat16, float16, or int8 with "
+        "stochastic rounding.  What travels down is float32.",
+    )
 
 
 class StrategySettings(BaseModel):
@@ -47,6 +75,27 @@ class StrategySettings(BaseModel):
         default="public-counts",
         description="Mean over clients: equal weights, or by record counts declared public.",
     )
+    trim: float = Field(
+        default=0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the clients whose values are dropped at either end, coordinate by "
+        "coordinate (trimmed mean); 0: the ordinary mean.",
+    )
+    norm_bound: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Refuse updates longer than signal plus noise of the public plan allow; auto: "
+        "in private runs.",
+    )
+    early_stopping_patience: int = Field(
+        default=0,
+        ge=0,
+        description="Rounds without better accuracy on public validation records after which the "
+        "run ends; 0: never.  Needs data.validation-fraction.",
+    )
+    early_stopping_min_delta: float = Field(
+        default=0.0, ge=0, description="Smallest gain in accuracy that counts as better."
+    )
     optimizer: Literal["sgd", "adamw"] = Field(default="sgd", description="Local optimizer.")
     lr_a: float = Field(default=0.5, gt=0, description="Learning rate of A factors.")
     lr_b: float = Field(default=0.5, gt=0, description="Learning rate of B factors.")
@@ -63,10 +112,11 @@ class StrategySettings(BaseModel):
         default="block",
         description="as-lora: what shares one choice, a transformer block or a single module.",
     )
-    score: Literal["auto", "debiased", "pairwise"] = Field(
+    score: Literal["auto", "debiased", "pairwise", "client"] = Field(
         default="auto",
         description="as-lora: where scores come from; debiased needs sgd and clients that state "
-        "their noise, auto takes it where it can and pairwise elsewhere.",
+        "their noise, auto takes it where it can and pairwise elsewhere; client: each client "
+        "sends its own (sgd).",
     )
     ema: float = Field(
         default=0.9, ge=0, lt=1, description="as-lora: weight of the past in the moving averages."
@@ -92,9 +142,14 @@ class StrategySettings(BaseModel):
                 "strategy.num-rounds must be at least 2 for as-lora, whose second round trains A, "
                 f"got {self.num_rounds}"
             )
-        if self.score == "debiased" and self.optimizer != "sgd":
+        if self.score in ("debiased", "client") and self.optimizer != "sgd":
             raise ValueError(
-                "strategy.score = 'debiased' needs strategy.optimizer = 'sgd', got "
+                f"strategy.score = {self.score!r} needs strategy.optimizer = 'sgd', got "
                 f"{self.optimizer!r}; accepted with it are auto and pairwise"
+            )
+        if self.trim and self.method in PRODUCT_METHODS:
+            raise ValueError(
+                f"strategy.trim must be 0 for {self.method}, which averages products of factors, "
+                f"got {self.trim:g}"
             )
         return self

@@ -6,7 +6,7 @@ import copy
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from .adapters import adapter_parameters, is_lora, wrap_with_lora
 from .backbones import load_backbone
 from .encoders import Encoder
 from .errors import ModelError
+from .folds import Folds, is_fold
 from .settings import LoRASettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class TaskModel:
         Brings raw records into the form that the model takes.
     fingerprint : str
         SHA-256 (hex) of the frozen weights; equal on all machines that hold the same backbone.
+        Folds do not change it.
+    folds : Folds
+        What :meth:`set_folds` set, not an argument.
     """
 
     model: PeftModel
@@ -49,6 +53,10 @@ class TaskModel:
     num_labels: int
     encoder: Encoder
     fingerprint: str
+    folds: Folds = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folds", Folds(self.model, self.adapter))
 
     @property
     def head_names(self) -> tuple[str, ...]:
@@ -89,16 +97,23 @@ class TaskModel:
         return {name: p.detach().to("cpu", copy=True) for name, p in self.adapter.items()}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy tensors into the adapter, in place.
+        """Copy tensors into the adapter, in place, and set the folds.
+
+        Parameters
+        ----------
+        state : mapping of str to Tensor
+            The adapter's tensors, and any fold tensors (:mod:`task.folds`). Without folds the
+            frozen weights become the backbone's own again.
 
         Raises
         ------
         ModelError
-            Unless ``state`` has exactly the adapter's names and shapes, in floating point. Then
-            nothing is changed.
+            Unless ``state`` has exactly the adapter's names and shapes, in floating point, and
+            folds that fit. Then nothing is changed.
         """
+        folds = {k: t for k, t in state.items() if k not in self.adapter and is_fold(k)}
         missing = [name for name in self.adapter if name not in state]
-        unknown = [name for name in state if name not in self.adapter]
+        unknown = [name for name in state if name not in self.adapter and name not in folds]
         if missing or unknown:
             raise ModelError(
                 f"adapter tensors do not fit: missing {missing[:3]}, unknown {unknown[:3]} "
@@ -110,12 +125,34 @@ class TaskModel:
                     f"adapter tensor {name} is {state[name].dtype} {tuple(state[name].shape)}; "
                     f"accepted is {parameter.dtype} {tuple(parameter.shape)}"
                 )
+        terms = self.folds.check(folds)
+        self.folds.set(terms)
         with torch.no_grad():
             for name, parameter in self.adapter.items():
                 parameter.copy_(state[name])
 
+    def set_folds(self, folds: Mapping[str, Tensor]) -> None:
+        """Make the frozen weights W0 plus these low-rank terms, whatever was set before.
+
+        Parameters
+        ----------
+        folds : mapping of str to Tensor
+            Pairs A (R, n) and B (m, R), named as :mod:`task.folds` says. Each layer's weight
+            becomes ``W0 + s * B_1 @ A_1 + s * B_2 @ A_2 + ...`` in float32, by ascending number,
+            with the layer's LoRA scaling ``s``. An empty mapping restores W0 bit for bit.
+
+        Raises
+        ------
+        ModelError
+            If a name or a shape does not fit, or a partner is missing. Then nothing is changed.
+        """
+        self.folds.set(self.folds.check(folds))
+
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter in PEFT's format: adapter_config.json, adapter_model.safetensors.
+
+        It stands for the whole change of the original backbone: folds are written into the LoRA
+        factors, whose ranks grow (``rank_pattern``, ``alpha_pattern``).
 
         The files appear at once: they are written beside ``folder`` and then renamed. A folder
         that is already there is replaced.
@@ -123,7 +160,7 @@ class TaskModel:
         Raises
         ------
         ModelError
-            If ``folder`` exists and is not an adapter's folder.
+            If ``folder`` exists and is not an adapter's folder, or folds are not finite.
         """
         from safetensors.torch import save_file
 
@@ -131,11 +168,12 @@ class TaskModel:
         _check_replaceable(folder)
         config = copy.deepcopy(self.model.peft_config["default"])
         config.inference_mode = True
+        state = self.folds.export(self.adapter_state(), config)
         beside = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
         beside.mkdir(parents=True)
         try:
             save_file(
-                self.adapter_state(),
+                state,
                 beside / "adapter_model.safetensors",
                 metadata={"format": "pt", "backbone-sha256": self.fingerprint},
             )

@@ -22,14 +22,16 @@ def stamp(message: Message, src: int, dst: int) -> Message:
 class FakeGrid(Grid):
     """Nodes 1..n, each with a Context of its own that lasts as long as the grid.
 
-    A handler's exception becomes the error reply that Flower would send; ``None`` is a node that
-    does not answer in time; a list is answered with all of its messages.
+    A handler is called when its message is sent, and its exception becomes the error reply that
+    Flower would send; ``None`` is a node that does not answer in time; a list is answered with all
+    of its messages.
     """
 
     def __init__(self, handlers: list[Handler], run_config: dict | None = None) -> None:
         self.handlers = handlers
         self.sent: list[Message] = []
         self.received: list[Message] = []
+        self._waiting: dict[str, list[Message]] = {}
         self.contexts = [
             Context(
                 run_id=1,
@@ -54,25 +56,28 @@ class FakeGrid(Grid):
         return list(range(1, len(self.handlers) + 1))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        raise NotImplementedError
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        raise NotImplementedError
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        replies: list[Message] = []
+        ids = []
         for message in messages:
             node = message.metadata.dst_node_id
             stamp(message, 0, node)
             self.sent.append(message)
+            ids.append(message.metadata.message_id)
             try:
                 answer = self.handlers[node - 1](message, self.contexts[node - 1])
             except Exception as error:
                 answer = Message(Error(code=2, reason=f"{type(error)}:<{error}>"), reply_to=message)
-            for reply in answer if isinstance(answer, list) else [answer]:
-                if reply is not None:
-                    replies.append(stamp(reply, node, 0))
+            answers = answer if isinstance(answer, list) else [answer]
+            self._waiting[ids[-1]] = [stamp(reply, node, 0) for reply in answers if reply]
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = []
+        for message_id in message_ids:
+            replies += self._waiting.pop(message_id, [])
         self.received.extend(replies)
         return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        return self.pull_messages(self.push_messages(messages))

@@ -102,6 +102,14 @@ class DataSettings(Settings):
         "dirichlet partitioner draws again, a few times, until every client has as many.",
     )
 
+    validation_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the server's public test records, drawn by the seed, that only "
+        "decides when to stop early; accuracy is reported on the others.",
+    )
+
     @model_validator(mode="after")
     def _where_fits_source(self) -> Self:
         because = f"data.source is {self.source!r}"

@@ -77,6 +77,12 @@ class LoRASettings(Settings):
         le=65536,
         description="Scaling numerator: an adapter adds (lora-alpha / r) * B * A to its weight.",
     )
+    client_ranks: str = Field(
+        default="",
+        description="flex-lora: ranks of simulated clients, comma-separated, given to partitions "
+        "in turn; none above lora.r. Empty: all have lora.r. A site sets lora-r in its node "
+        "config.",
+    )
     lora_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="Dropout in front of A, as a probability in [0, 1)."
     )
@@ -86,6 +92,22 @@ class LoRASettings(Settings):
         "attn.proj; BERT and RoBERTa query, value; DistilBERT q_lin, v_lin; Llama-like q_proj, "
         "v_proj); otherwise name endings of linear layers, comma-separated.",
     )
+
+    @property
+    def ranks_by_client(self) -> tuple[int, ...]:
+        """:attr:`client_ranks` as numbers."""
+        return tuple(int(item) for item in split_list(self.client_ranks))
+
+    @model_validator(mode="after")
+    def _ranks_are_ranks(self) -> Self:
+        for item in split_list(self.client_ranks):
+            if not item.isdecimal() or not 1 <= int(item) <= self.r:
+                raise refusal(
+                    "lora.client-ranks",
+                    self.client_ranks,
+                    f"whole numbers from 1 to lora.r = {self.r}, comma-separated",
+                )
+        return self
 
     @model_validator(mode="after")
     def _some_target(self) -> Self:

@@ -11,7 +11,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from client_app.session import _session
 from federation.messages import FINGERPRINT_KEY
 from federation.settings import Settings
-from strategies import ROUND_PLAN_KEY, RoundPlan
+from strategies import ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
+from strategies.versions import version_of
 from task.data import num_labels, simulation_cache
 from task.model import TaskModel, build_task_model
 from tests.fake_grid import stamp
@@ -45,9 +46,11 @@ class Site:
     def content(self, **plan_changes) -> RecordDict:
         state = self.server_model.adapter_state()
         plan = dataclasses.replace(PLAN, **plan_changes)
+        arrays = ArrayRecord({n: Array(value.numpy()) for n, value in state.items()})
         return RecordDict(
             {
-                "arrays": ArrayRecord({n: Array(value.numpy()) for n, value in state.items()}),
+                "arrays": arrays,
+                WIRE_KEY: everything(arrays),
                 "config": ConfigRecord({FINGERPRINT_KEY: self.server_model.fingerprint}),
                 ROUND_PLAN_KEY: plan.to_record(),
             }
@@ -56,6 +59,11 @@ class Site:
     def message(self, content: RecordDict | None = None, **plan_changes) -> Message:
         content = self.content(**plan_changes) if content is None else content
         return stamp(Message(content=content, message_type="train", dst_node_id=1), 0, 1)
+
+
+def everything(arrays: ArrayRecord) -> ConfigRecord:
+    """What a message says that carries the whole adapter."""
+    return ConfigRecord({"base": "", "version": version_of(arrays), "rank": 0, "dtype": "float32"})
 
 
 def forget_process() -> None:

@@ -17,9 +17,9 @@ from client_app import round_handler
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
 from privacy import AccountingError, EngineError
-from strategies import ROUND_PLAN_KEY, RoundPlan
+from strategies import ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
 from task.errors import DataError, ModelError
-from tests.client_app.conftest import PLAN
+from tests.client_app.conftest import PLAN, everything
 from tests.client_app.replies import CANARY, RECORDS, charged, fail_with, failure_of
 
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
@@ -149,6 +149,9 @@ MALFORMED = {
     "no arrays": drop("arrays"),
     "no config": drop("config"),
     "no plan": drop(ROUND_PLAN_KEY),
+    "no version": drop(WIRE_KEY),
+    "damaged on the way": put("arrays", ArrayRecord()),
+    "unknown dtype": lambda content: content[WIRE_KEY].update({"dtype": "int4"}),
     "arrays are metrics": put("arrays", MetricRecord({"a": 1})),
     "config is metrics": put("config", MetricRecord({"a": 1})),
     "no fingerprint": put("config", ConfigRecord({})),
@@ -180,6 +183,7 @@ def test_an_adapter_that_does_not_fit_is_refused(site):
     name = next(iter(arrays))
     for change in ({name: Array(np.zeros((1, 1), np.float32))}, {"unknown": arrays[name]}):
         content["arrays"] = ArrayRecord({**arrays, **change})
+        content[WIRE_KEY] = everything(content["arrays"])
         reply = handle_train(site.message(content), site.context())
         assert failure_of(reply) is ClientFailure.MODEL
 
@@ -195,6 +199,7 @@ def test_arrays_that_cannot_be_read_are_a_malformed_message(site, spoilt):
     content = site.content()
     arrays = dict(content["arrays"])
     content["arrays"] = ArrayRecord({**arrays, next(iter(arrays)): spoilt})
+    content[WIRE_KEY] = everything(content["arrays"])
     context = site.context()
     assert failure_of(handle_train(site.message(content), context)) is ClientFailure.MESSAGE
     assert charged(context) == 0

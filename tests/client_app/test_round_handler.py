@@ -33,7 +33,10 @@ def test_a_reply_holds_the_active_tensors_and_public_numbers_only(site, method, 
     for name, value in update.items():
         assert value.dtype == np.float32 and value.shape == tuple(adapter[name].shape)
         assert np.isfinite(value).all() and value.any()
-    assert set(reply.content) == {"arrays", "metrics", "privacy"}
+    assert set(reply.content) == {"arrays", "metrics", "privacy", "wire"}
+    assert dict(reply.content["wire"]) == {
+        "version": message.content["wire"]["version"], "rank": message.content["wire"]["rank"],
+    }  # fmt: skip
     assert dict(reply.content["metrics"]) == {}
     privacy_plan = PrivacyPlan.for_client(
         site.settings().privacy, num_records=RECORDS, steps=site.settings().total_steps

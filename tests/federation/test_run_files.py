@@ -58,7 +58,7 @@ def test_the_new_content_is_on_disk_before_it_takes_the_name(tmp_path, monkeypat
         Path, "replace", lambda a, b: (order.append(a.read_text()), replace(a, b))[1]
     )
     write_atomically(path, "new")
-    assert order == ["fsync", "new"]
+    assert order == ["fsync", "new", "fsync"]  # the file, its name, the folder that holds the name
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
 from privacy import calibrate_noise_multiplier
-from server_app import federation_run
+from server_app import federation_run, observer
 from server_app.federation_run import NothingLearned
 from strategies import ROUND_PLAN_KEY, STRATEGIES
 from task.data import load_test_records
@@ -25,8 +25,8 @@ from task.settings import DataSettings
 from tests.fake_grid import FakeGrid
 
 RESULT_KEYS = [
-    "method", "rounds", "clients", "accuracy_start", "accuracy_end", "epsilon", "delta",
-    "bytes_up", "bytes_down", "seconds", "adapter",
+    "method", "rounds", "stopped_early", "clients", "accuracy_start", "accuracy_end", "epsilon",
+    "delta",    "bytes_up", "bytes_down", "seconds", "adapter",
 ]  # fmt: skip
 QUICK = {"privacy__mode": "none"}
 SEEDED = {"privacy__insecure_test_seed": 5}
@@ -125,7 +125,7 @@ def test_the_reported_accuracy_is_the_last_rounds(federate, monkeypatch):
     """Mistake: the best of all rounds, chosen on the test set."""
     accuracies = itertools.chain([0.3, 0.9, 0.4])
     monkeypatch.setattr(
-        federation_run, "evaluate", lambda *_: {"accuracy": next(accuracies), "loss": 1.0}
+        observer, "evaluate", lambda *_: {"accuracy": next(accuracies), "loss": 1.0}
     )
     folder, _ = federate(**QUICK)
     result = folder.read_result()
@@ -174,7 +174,9 @@ def test_a_run_in_which_nobody_could_train_fails_and_leaves_no_result(federate, 
     with pytest.raises(NothingLearned, match=r"none of the 2 rounds.*strategy\.min-train-nodes"):
         federate([without_data] * 3, **QUICK)
     (folder,) = runs.iterdir()
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoint.npz", "metrics.jsonl", "settings.json",
+    ]  # fmt: skip
 
 
 def test_rounds_that_fail_after_a_good_one_keep_what_was_learned(federate):
@@ -190,10 +192,10 @@ def test_rounds_that_fail_after_a_good_one_keep_what_was_learned(federate):
 
 
 class BackwardGrid(FakeGrid):
-    """Clients train and answer in the other order."""
+    """Clients train in the other order."""
 
-    def send_and_receive(self, messages, *, timeout=None):
-        return super().send_and_receive(list(messages)[::-1], timeout=timeout)
+    def push_messages(self, messages):
+        return super().push_messages(list(messages)[::-1])[::-1]
 
 
 @pytest.mark.parametrize("method", ["la-lora", "dp-lora"])

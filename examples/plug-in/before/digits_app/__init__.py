@@ -1,0 +1,1 @@
+"""her-digits: a Flower / PEFT app."""

@@ -1,0 +1,76 @@
+"""Sending a round's messages and taking the replies one by one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_PUSHED_AT_ONCE = 64
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
+
+
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    *,
+    timeout: float | None,
+    follow_up: Callable[[Message], Message | None],
+    in_order: bool = False,
+) -> Iterator[Message]:
+    """Send messages and yield each reply as it comes, so that none needs to be kept.
+
+    ``Grid.send_and_receive`` holds all replies of a round at once; here memory does not grow
+    with their number, as long as the caller drops each.
+
+    Parameters
+    ----------
+    grid : Grid
+        Flower's connection to the nodes.
+    messages : iterable of Message
+        What to send.
+    timeout : float or None
+        Seconds to wait for replies; what comes later is lost.  ``None``: no limit.
+    follow_up : callable
+        ``follow_up(reply)`` gives a message to send in answer, and the reply is not yielded then;
+        or ``None``.
+    in_order : bool (default: False)
+        Take replies in the order of the messages and not as they come, so that sums over them
+        have the same bits in every run.  Slow: all wait for the slowest.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    open_ids = dict.fromkeys(_push(grid, messages))
+    del messages  # the tensors in them are not needed while replies come in
+    pause = _SHORTEST_PAUSE
+    while open_ids:
+        late = end is not None and time.monotonic() >= end
+        progress = False
+        # The last look takes whatever has come.
+        for message_id in list(islice(open_ids, 1)) if in_order and not late else list(open_ids):
+            for reply in grid.pull_messages([message_id]):
+                open_ids.pop(message_id, None)
+                progress = True
+                again = follow_up(reply)
+                if again is None:
+                    yield reply
+                else:
+                    open_ids.update(dict.fromkeys(_push(grid, [again])))
+                del reply, again
+        if late:
+            return
+        pause = _SHORTEST_PAUSE if progress else min(1.5 * pause, _LONGEST_PAUSE)
+        if not progress:
+            left = pause if end is None else end - time.monotonic()
+            time.sleep(max(0.0, min(pause, left)))
+
+
+def _push(grid: Grid, messages: Iterable[Message]) -> list[str]:
+    """Send in slices; ids of what was taken (Flower says which could not be)."""
+    ids: list[str] = []
+    remaining = iter(messages)
+    while some := list(islice(remaining, _PUSHED_AT_ONCE)):
+        ids += [message_id for message_id in grid.push_messages(some) if message_id]
+    return ids
