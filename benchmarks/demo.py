@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +19,8 @@ from typing import Any
 
 from cli.run import main as run_command
 from federation.round_lines import human_epsilon
+
+from .report import bar, finish, page, progress
 
 ARMS: dict[str, list[str]] = {
     "la-lora, epsilon 8": [],
@@ -44,11 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = [row for arm in options.arms for row in run_arm(arm, options.seeds)]
     bars = judge(rows)
-    if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows, "bars": bars}, indent=2))
-    else:
-        print(table(rows, bars))
-    return 0 if all(bar["ok"] for bar in bars.values()) else 1
+    return finish(rows, bars, as_json=options.json, table=table)
 
 
 def run_arm(arm: str, seeds: int) -> list[dict[str, Any]]:
@@ -64,7 +60,7 @@ def run_arm(arm: str, seeds: int) -> list[dict[str, Any]]:
             path = output.getvalue().strip().splitlines()[-1]
             result = json.loads(Path(path).read_text(encoding="utf-8"))
         rows.append({"arm": arm, "seed": seed, **{k: result[k] for k in result if k != "adapter"}})
-        print(f"{arm}, seed {seed}: {result['accuracy_end']:.1%}", file=sys.stderr, flush=True)
+        progress(f"{arm}, seed {seed}: {result['accuracy_end']:.1%}")
     return rows
 
 
@@ -84,16 +80,9 @@ def judge(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def bar(value: float, limit: float, *, at_least: bool) -> dict[str, Any]:
-    """One promise and whether it holds."""
-    return {"value": value, "limit": limit, "ok": value >= limit if at_least else value <= limit}
-
-
 def table(rows: list[dict[str, Any]], bars: dict[str, dict[str, Any]]) -> str:
     """The rows by arm in Markdown, then the bars."""
     lines = [
-        f"Machine: {machine()}",
-        "",
         "| arm | mean | each seed | before | epsilon | up + down | seconds (median) |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -107,16 +96,7 @@ def table(rows: list[dict[str, Any]], bars: dict[str, dict[str, Any]]) -> str:
             f"| {arm} | {statistics.mean(ends):.1%} | {each} | {of[0]['accuracy_start']:.1%} "
             f"| {human_epsilon(of[0]['epsilon'])} | {sent:.1f} MB | {seconds:.0f} |"
         )
-    lines.append("")
-    for name, promise in bars.items():
-        verdict = "holds" if promise["ok"] else "FAILS"
-        lines.append(f"{name}: {promise['value']:.3f} (limit {promise['limit']:g}): {verdict}")
-    return "\n".join(lines)
-
-
-def machine() -> str:
-    """What the figures were measured on."""
-    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    return page(lines, bars)
 
 
 if __name__ == "__main__":

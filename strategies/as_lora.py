@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from logging import INFO, WARNING
 from typing import Any, Literal, Self
 
-import numpy as np
-import numpy.typing as npt
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, Message
 from flwr.common import log
 
-from .base import PRIVACY_KEY, LoRAStrategy, Update
+from .base import LoRAStrategy, Update
 from .client_scores import ClientScores
 from .round_plan import Mode, RoundPlan
+from .score_report import describe_round, stated_noise
 from .scores import ScoreSource, UpdateEnergies
 from .selection import FactorChoice, Granularity, group_of
 from .settings import StrategySettings, WireSettings
 from .tensor_names import kind_of, layer_of
 from .trimmed_mean import TrimmedMean
-
-_LARGEST_NOISE = 1e6  # per value of a mean gradient; squares of more could leave a float's range
 
 
 class ASLoRA(LoRAStrategy):
@@ -145,10 +142,15 @@ class ASLoRA(LoRAStrategy):
             self._stated.add(reply, weight)  # first: it may refuse the reply
         super()._fold(update, weight, reply, rank)
         if self._energies is not None:
-            self._energies.add(update, weight, _stated_noise(reply))
+            self._energies.add(update, weight, stated_noise(reply))
 
-    def _apply(self, plan: RoundPlan) -> None:
-        super()._apply(plan)
+    def _apply_if_finite(self, plan: RoundPlan) -> bool:
+        if not super()._apply_if_finite(plan):
+            return False
+        self._learn(plan)
+        return True
+
+    def _learn(self, plan: RoundPlan) -> None:
         if self._energies is None or self.choice is None:
             return
         # Scores need the ordinary mean: its noise is known, and pairs add up in it.
@@ -167,7 +169,13 @@ class ASLoRA(LoRAStrategy):
             rate = self.lr_a if chosen[group] == "A" else self.lr_b
             self.choice.observe(group, chosen[group], rate * score)
         self.last_scores = scores
-        self._log(plan, source, changes)
+        if scores:
+            floors = None
+            if self._energies.noise_is_known:
+                floors = self._energies.noise_floors(
+                    changes, plan.local_steps, low_pass=plan.low_pass
+                )
+            log(INFO, "%s", describe_round(plan.server_round, chosen, source, scores, floors))
 
     def state_dict(self) -> dict[str, Any]:
         """Scores so far, besides what every strategy keeps."""
@@ -190,34 +198,3 @@ class ASLoRA(LoRAStrategy):
         if self.score == "debiased":
             log(WARNING, "A client did not state its noise: this round's scores are pairwise")
         return "pairwise"
-
-    def _log(
-        self, plan: RoundPlan, source: ScoreSource, changes: Mapping[str, npt.NDArray[np.float64]]
-    ) -> None:
-        """Say what was chosen, the scores, and how they stand to the noise."""
-        if self._energies is None or self.choice is None or not self.last_scores:
-            return
-        chosen = self.choice.choose(plan.server_round)
-        count = sum(factor == "A" for factor in chosen.values())
-        values = np.array(list(self.last_scores.values()))
-        text = f"median {np.median(values):.3g}, from {values.min():.3g} to {values.max():.3g}"
-        if self._energies.noise_is_known:
-            floors = self._energies.noise_floors(changes, plan.local_steps, low_pass=plan.low_pass)
-            total = sum(floors.values())
-            text += f", signal to noise {values.sum() / total:.3g}" if total else ", no noise"
-        log(
-            INFO,
-            "Round %d: A in %d and B in %d groups; %s scores: %s",
-            plan.server_round,
-            count,
-            len(chosen) - count,
-            source,
-            text,
-        )
-
-
-def _stated_noise(reply: Message) -> float | None:
-    """Read the noise that a client states; what no plan would have counts as not stated."""
-    record = reply.content.get(PRIVACY_KEY)
-    value = record.get("noise-std") if isinstance(record, ConfigRecord) else None
-    return value if isinstance(value, float) and 0 <= value <= _LARGEST_NOISE else None

@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from .checkpoint import Checkpoint
 from .downlink import Asked, Downlink, needs_full
 from .loop import EarlyStopping, EvaluateFn, run_rounds
+from .low_rank import NotFinite
 from .nodes import sample_nodes
 from .norm_bound import Bound, UpdateBound
 from .replies import InvalidReply, WeightedMean, check_norms, read_update, read_weight
@@ -442,8 +443,13 @@ class LoRAStrategy(Strategy):
     def _apply_if_finite(self, plan: RoundPlan) -> bool:
         """Apply the round unless values would leave float32's range; the adapter stays then."""
         before = dict(self._adapter)
-        with np.errstate(over="ignore"):  # seen below
-            self._apply(plan)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # seen below
+                self._apply(plan)
+        except NotFinite as error:
+            log(WARNING, "Round %d: %s", plan.server_round, error)
+            self._adapter = before
+            return False
         for name, value in self._adapter.items():
             if value is not before.get(name) and not np.isfinite(value).all():
                 log(WARNING, "Round %d would make %s infinite", plan.server_round, name)

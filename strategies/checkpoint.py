@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -17,6 +16,7 @@ from .atomic_file import replacing
 
 _FORMAT = 1
 _STATE = "state"
+_PARTS = {"method", "round", "strategy", "metrics", "companions"}
 _TENSOR = "tensor:"  # before a tensor's name: names of arguments of np.savez stay free
 
 
@@ -128,10 +128,12 @@ def read_checkpoint(path: Path) -> Saved:
             }
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}") from error
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the parsers of zip, npy and JSON raise many types on damage
         raise CheckpointError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__})"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of format {_FORMAT}")
+    if lost := sorted(_PARTS - state.keys()):
+        raise CheckpointError(f"{path} is no whole checkpoint; missing: {', '.join(lost)}")
     return Saved(state, ArrayRecord(arrays))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -17,6 +16,7 @@ from .selection import group_of
 from .tensor_names import kind_of
 
 SCORES_KEY = "scores"
+_LARGEST_SCORE = 1e100  # sums of more could leave a float's range
 
 
 class GradientEnergies:
@@ -109,8 +109,8 @@ class ClientScores:
             raise InvalidReply(f"no {SCORES_KEY!r} of exactly the groups that it trained")
         values = {}
         for group, value in record.items():
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise InvalidReply("a score is not a finite number")
+            if not isinstance(value, int | float) or not abs(value) <= _LARGEST_SCORE:
+                raise InvalidReply(f"a score is not a number within {_LARGEST_SCORE:g}")
             values[group] = float(value)
         for group, value in values.items():
             self._sums[group] += weight * value

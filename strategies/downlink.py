@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -107,7 +107,7 @@ class Downlink:
             return None
         self._index()
         asked = self._open.get(reply.metadata.reply_to_message_id)
-        rank = reply.content.config_records[WIRE_KEY].get("rank")
+        rank = cast(ConfigRecord, reply.content[WIRE_KEY]).get("rank")
         if asked is None or asked.node in self._again or not self._has_rank(rank):
             return None
         del self._open[reply.metadata.reply_to_message_id]
@@ -152,6 +152,8 @@ class Downlink:
 
     def state_dict(self) -> dict[str, Any]:
         """What nodes hold, and the versions so far."""
+        for rank in self._books:
+            self._advance(rank)
         return {
             "held": {str(node): list(held) for node, held in sorted(self._held.items())},
             "books": {str(rank): book.state_dict() for rank, book in sorted(self._books.items())},

@@ -57,7 +57,9 @@ def exchange(
                 if again is None:
                     yield reply
                 else:
-                    open_ids.update(dict.fromkeys(_push(grid, [again])))
+                    sent = dict.fromkeys(_push(grid, [again]))
+                    # In order, it keeps its node's place.
+                    open_ids = {**sent, **open_ids} if in_order else {**open_ids, **sent}
                 del reply, again
         if late:
             return

@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+
+class NotFinite(ValueError):
+    """A factor, or a product, has left the range of its dtype."""
+
+
 Floats = npt.NDArray[np.floating[Any]]
 Float64s = npt.NDArray[np.float64]
 Svd = tuple[Float64s, Float64s, Float64s]
@@ -65,7 +70,7 @@ def qr_core_svd(b: Floats, a: Floats, rank: int | None = None) -> Svd:
     with np.errstate(over="ignore", invalid="ignore"):
         core = left_core @ right_core.T
     if not np.isfinite(core).all():
-        raise ValueError("the product of the factors overflows float64")
+        raise NotFinite("the product of the factors overflows float64")
     core_u, s, core_vt = np.linalg.svd(core, full_matrices=False)
     u, vt = left_basis @ core_u[:, :kept], core_vt[:kept] @ right_basis.T
     sizes = np.abs(vt)
@@ -139,7 +144,7 @@ class ProductSum:
             norms = np.linalg.norm(left, axis=0) * np.linalg.norm(right, axis=1)
             scale = self._scale + float(norms.sum())
         if not math.isfinite(scale):
-            raise ValueError("the sum overflows float64")
+            raise NotFinite("the sum overflows float64")
         self._shape, self._scale = shape, scale
         if left.shape[1] == 0:
             return
@@ -195,5 +200,5 @@ def _as_factors(b: Floats, a: Floats) -> tuple[Float64s, Float64s]:
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
         raise ValueError(f"factors must be (m, R) and (R, n), not {left.shape} and {right.shape}")
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise ValueError("a factor has values that are not finite")
+        raise NotFinite("a factor has values that are not finite")
     return left, right

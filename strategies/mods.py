@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 
 from .base import ROUND_PLAN_KEY
 from .node_state import (
+    WIRE_KEY,
     NeedFull,
     ask_for_everything,
     held_arrays,
@@ -50,6 +51,9 @@ def active_factors(
     """
     if message.metadata.message_type != MessageType.TRAIN:
         return call_next(message, context)
+    wire = message.content.get(WIRE_KEY)
+    if isinstance(wire, ConfigRecord) and wire.get("rank", 0) != 0:
+        raise ValueError("flex-lora has ranks by client, which this mod knows nothing of")
     try:
         before = receive_adapter(message, context.state)
     except NeedFull:
@@ -60,7 +64,7 @@ def active_factors(
             "cannot do to your model; take another strategy"
         )
     plan = round_plan(message)
-    message.content[ARRAYS_KEY] = held_arrays(context.state)
+    message.content[ARRAYS_KEY] = ArrayRecord(dict(held_arrays(context.state)))
     reply = call_next(message, context)
     if reply.has_error():
         return reply

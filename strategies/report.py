@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, RecordDict
 
 from .round_plan import RoundPlan
 
@@ -45,6 +45,7 @@ class RoundReport:
 
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of the tensors in a message, as serialised (each with its short npy header)."""
-    return sum(
-        len(array.data) for record in content.array_records.values() for array in record.values()
-    )
+    # Not content.array_records: that view refers back to the content, which then waits for the
+    # garbage collector instead of going when it is dropped.
+    arrays = (record for record in content.values() if isinstance(record, ArrayRecord))
+    return sum(len(array.data) for record in arrays for array in record.values())

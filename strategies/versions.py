@@ -42,7 +42,7 @@ class VersionBook:
             if not self._changed.keys() <= tensors.keys():
                 # A name is gone: no node can be told so but by sending everything.
                 self._numbers.clear()
-                self._changed = {n: v for n, v in self._changed.items() if n in tensors}
+                self._changed = {n: 0 for n in self._changed if n in tensors}
             number = 1 + max(self._numbers.values(), default=-1)
             for name, digest in digests.items():
                 if name not in self._seen or self._seen[name][1] != digest:

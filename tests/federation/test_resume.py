@@ -1,0 +1,250 @@
+"""A ServerApp that was killed goes on where it stopped; a run that stands still ends early."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from client_app.round_handler import handle_train
+from federation.run_files import RunFolder
+from federation.settings import SettingsError
+from server_app import federation_run, observer, resume
+from strategies import ROUND_PLAN_KEY, Checkpoint, CheckpointError, read_checkpoint
+from tests.fake_grid import FakeGrid
+
+SEEDED = {"privacy__insecure_test_seed": 5, "strategy__num_rounds": 4}
+CLOCK = ("seconds", "round_seconds")
+
+
+class PowerCut(BaseException):
+    """Nothing may catch it."""
+
+
+def killed_in_round(number: int):
+    def handle(message, context):
+        if message.content[ROUND_PLAN_KEY]["server-round"] == number:
+            raise PowerCut
+        return handle_train(message, context)
+
+    return handle
+
+
+def only_folder(runs) -> RunFolder:
+    (path,) = runs.iterdir()
+    return RunFolder(path)
+
+
+def server_state(folder: RunFolder) -> tuple[dict, dict[str, bytes]]:
+    """What the next round depends on: all of the checkpoint but the account, times and bytes.
+
+    The account counts the lost round, and clients of a new run were sent everything again.
+    """
+    saved = read_checkpoint(folder.checkpoint)
+    state = saved.state
+    del state["companions"]["account"], state["metrics"]["train_metrics_clientapp"]
+    for row in state["companions"]["observer"]["rows"]:
+        for key in (*CLOCK, "bytes_down", "epsilon"):
+            row.pop(key)
+    return state, {name: array.data for name, array in saved.arrays.items()}
+
+
+@pytest.mark.parametrize("method", ["as-lora", "la-lora", "fed-svd", "flora"])
+@pytest.mark.parametrize("lost", [2, 4])
+def test_a_killed_run_ends_as_if_it_had_not_been(federate, runs, tmp_path, method, lost):
+    whole, _ = federate(
+        **SEEDED, strategy__method=method, output_dir=str(tmp_path / "whole"), run_id=1
+    )
+    with pytest.raises(PowerCut):
+        # Two clients have trained in that round already.
+        federate([handle_train, handle_train, killed_in_round(lost)], **SEEDED,
+                 strategy__method=method)  # fmt: skip
+    cut = only_folder(runs)
+    assert not cut.result.exists()
+    # A new run of Flower: another id, and clients that kept nothing.
+    folder, grid = federate(
+        **SEEDED,
+        strategy__method=method,
+        resume=str(cut.path),
+        output_dir=str(tmp_path / "resumed"),
+    )
+    assert next(m.content[ROUND_PLAN_KEY]["server-round"] for m in grid.sent) == lost
+    assert server_state(folder) == server_state(whole)
+    first, second = folder.read_result(), whole.read_result()
+    for key in ("accuracy_start", "accuracy_end", "rounds", "bytes_up", "clients"):
+        assert first[key] == second[key], key
+    assert [row["round"] for row in folder.read_metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_the_round_that_was_lost_is_counted_as_spent(federate, runs, tmp_path):
+    whole, _ = federate(strategy__num_rounds=3, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(PowerCut):
+        federate([handle_train, handle_train, killed_in_round(3)], strategy__num_rounds=3)
+    cut = only_folder(runs)
+    resumed, _ = federate(
+        strategy__num_rounds=3, resume=str(cut.path), output_dir=str(tmp_path / "resumed")
+    )
+    epsilons = [row["epsilon"] for row in resumed.read_metrics()]
+    spent = [row["epsilon"] for row in whole.read_metrics()]
+    # As if a fourth round had been taken: above the target, and said so.
+    assert epsilons[:3] == spent[:3]
+    assert resumed.read_result()["epsilon"] == epsilons[3] > spent[3]
+    assert math.isfinite(epsilons[3])
+
+
+def test_a_run_is_resumed_from_its_checkpoint_file_and_left_as_it_was(federate, runs, tmp_path):
+    with pytest.raises(PowerCut):
+        federate([handle_train, handle_train, killed_in_round(3)], **SEEDED)
+    cut = only_folder(runs)
+    before = {path.name: path.read_bytes() for path in cut.path.iterdir()}
+    folder, _ = federate(**SEEDED, resume=str(cut.checkpoint), output_dir=str(tmp_path / "b"))
+    assert folder.result.exists()
+    assert {path.name: path.read_bytes() for path in cut.path.iterdir()} == before
+
+
+def test_a_run_killed_before_it_wrote_anything_new_can_be_resumed_again(federate, runs, tmp_path):
+    with pytest.raises(PowerCut):
+        federate([handle_train, handle_train, killed_in_round(2)], **SEEDED)
+    first = only_folder(runs)
+    with pytest.raises(PowerCut):
+        federate(
+            [handle_train, handle_train, killed_in_round(2)],
+            **SEEDED,
+            resume=str(first.path),
+            output_dir=str(tmp_path / "second"),
+        )
+    second = only_folder(tmp_path / "second")
+    folder, _ = federate(**SEEDED, resume=str(second.path), output_dir=str(tmp_path / "third"))
+    assert [row["round"] for row in folder.read_metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_run_resumes_to_its_own_result(federate, tmp_path):
+    whole, _ = federate(**SEEDED)
+    again, grid = federate(**SEEDED, resume=str(whole.path), output_dir=str(tmp_path / "again"))
+    assert grid.sent == []
+    assert again.read_result()["accuracy_end"] == whole.read_result()["accuracy_end"]
+    names = {path.name for path in again.adapter.iterdir()}
+    assert names == {path.name for path in whole.adapter.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"strategy__lr_a": 0.25}, r"strategy\.lr-a: the earlier run had 0\.5, this one has 0\.25"),
+        ({"privacy__target_epsilon": 3.0}, r"privacy\.target-epsilon"),
+        ({"strategy__num_rounds": 6}, r"strategy\.num-rounds"),
+        ({"seed": 1}, "seed"),
+    ],
+)
+def test_other_settings_are_refused_by_name(federate, changes, named):
+    folder, _ = federate(**SEEDED)
+    with pytest.raises(SettingsError, match=named):
+        federate(**{**SEEDED, **changes}, resume=str(folder.path))
+
+
+def test_where_a_run_looks_and_how_long_it_waits_may_change(federate, tmp_path):
+    folder, _ = federate(**SEEDED)
+    federate(**SEEDED, resume=str(folder.path), strategy__round_timeout=60.0,
+             output_dir=str(tmp_path / "elsewhere"))  # fmt: skip
+
+
+def test_what_is_no_run_is_refused(federate, tmp_path):
+    with pytest.raises(SettingsError, match=r"resume: got .* no settings\.json"):
+        federate(resume=str(tmp_path))
+    folder, _ = federate(**SEEDED)
+    folder.checkpoint.write_bytes(folder.checkpoint.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.npz"):
+        federate(**SEEDED, resume=str(folder.path))
+
+
+def test_the_checkpoint_holds_what_the_server_has_and_no_more(federate):
+    """Plain numbers and tensors by PEFT's names: nothing pickled, nothing of a client's data."""
+    folder, _ = federate(strategy__weighting="uniform")
+    with np.load(folder.checkpoint, allow_pickle=False) as archive:
+        kinds = {archive[name].dtype.kind for name in archive.files}
+        text = archive["state"].tobytes().decode()
+    assert kinds <= {"f", "u"}
+    assert "num-examples" not in text and "data-path" not in text
+    assert set(json.loads(text)["companions"]) == {"observer", "account"}
+    assert resume.RunAccount.__doc__ and Checkpoint(folder.checkpoint).path == folder.checkpoint
+
+
+def constant_accuracies(monkeypatch, validation, test):
+    """Give the observer these accuracies on its validation and its test records."""
+    given = {"validation": iter(validation), "test": iter(test)}
+
+    def evaluate(_model, records):
+        which = "validation" if len(records) == 15 else "test"
+        return {"accuracy": next(given[which]), "loss": 1.0}
+
+    monkeypatch.setattr(observer, "evaluate", evaluate)
+
+
+def test_a_run_stops_when_validation_stands_still_and_reports_the_last_round(federate, monkeypatch):
+    """Mistakes: stopping by the test split; reporting the best round instead of the last."""
+    constant_accuracies(
+        monkeypatch, [0.1, 0.5, 0.5, 0.5, 0.9, 0.9, 0.9], [0.1, 0.9, 0.2, 0.3, 0.8, 0.8, 0.8]
+    )
+    folder, grid = federate(
+        privacy__mode="none",
+        strategy__num_rounds=6,
+        strategy__early_stopping_patience=2,
+        data__validation_fraction=0.25,
+    )
+    result = folder.read_result()
+    assert (result["rounds"], result["stopped_early"]) == (3, True)
+    assert result["accuracy_end"] == 0.3
+    assert len(grid.sent) == 9
+    rows = list(folder.read_metrics())
+    assert [row["validation_accuracy"] for row in rows] == [0.1, 0.5, 0.5, 0.5]
+
+
+def test_a_run_that_stops_early_spends_only_what_it_took(federate, monkeypatch):
+    constant_accuracies(monkeypatch, [0.5] * 5, [0.5] * 5)
+    folder, _ = federate(
+        strategy__num_rounds=4,
+        strategy__early_stopping_patience=1,
+        data__validation_fraction=0.25,
+    )
+    result = folder.read_result()
+    assert (result["rounds"], result["stopped_early"]) == (1, True)
+    assert 0 < result["epsilon"] < 6.0  # 8 was calibrated for four rounds
+
+
+def test_early_stopping_without_validation_records_is_refused(federate):
+    with pytest.raises(SettingsError, match=r"data\.validation-fraction is 0"):
+        federate(strategy__early_stopping_patience=2)
+
+
+def test_validation_and_test_records_are_disjoint_and_seeded(tiny):
+    from federation.settings import Settings
+    from task.data import load_test_records
+    from tests.federation.tiny import changed
+
+    settings = Settings.from_run_config(changed(tiny))
+    model = federation_run.build_task_model(settings.model, settings.lora, 3, seed=0)
+    records = load_test_records(settings.data, model.encoder)
+    whole = records.batch(np.arange(len(records)))["pixel_values"]
+
+    def rows(part):
+        return {part.batch([i])["pixel_values"].numpy().tobytes() for i in range(len(part))}
+
+    validation, test = observer.split_validation(records, 0.25, seed=0)
+    assert (len(validation), len(test)) == (15, 45)
+    assert rows(validation).isdisjoint(rows(test))
+    assert len(rows(validation) | rows(test)) == len(whole)
+    assert rows(observer.split_validation(records, 0.25, seed=0)[0]) == rows(validation)
+    assert rows(observer.split_validation(records, 0.25, seed=1)[0]) != rows(validation)
+    none, every = observer.split_validation(records, 0.0, seed=0)
+    assert (len(none), len(every)) == (0, 60)
+    with pytest.raises(ValueError, match=r"data\.validation-fraction is 0\.001 of 60"):
+        observer.split_validation(records, 0.001, seed=0)
+
+
+def test_grid_contexts_of_a_resumed_run_are_new(federate):
+    """The fixture is what it says: a new Flower run knows nothing of the one before."""
+    _, grid = federate(**SEEDED)
+    _, other = federate(**SEEDED)
+    assert isinstance(grid, FakeGrid) and grid.contexts[0] is not other.contexts[0]
