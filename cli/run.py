@@ -169,7 +169,7 @@ def print_result(folder: RunFolder, clients: int) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cli.run", description=__doc__)
-    parser.add_argument("--method", default="", help="dp-lora, ffa-lora, ro-lora or la-lora")
+    parser.add_argument("--method", default="", help="the strategy: docs/methods.md")
     parser.add_argument("--epsilon", default="", help="a number, or none for no privacy")
     parser.add_argument("--rounds", type=int, help="rounds of training")
     parser.add_argument("--clients", type=int, default=5, help="virtual clients (default: 5)")

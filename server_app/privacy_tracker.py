@@ -96,15 +96,19 @@ class PrivacyTracker:
         old = self._statements.get(node)
         self._statements[node] = new if node not in self._statements else _after(old, new)
 
-    def assume_lost_round(self, steps: int) -> None:
-        """Count a round whose end this server did not see as spent by every client.
+    def begin_again(self, lost_steps: int) -> None:
+        """Go on in a new run of Flower, in which clients count from zero.
 
-        A run that goes on from a checkpoint asks again for the round in which it was cut off, and
-        clients may have released it already.  Counting it twice can only overstate.
+        Parameters
+        ----------
+        lost_steps : int
+            Steps of the round in which the earlier run was cut off.  It is asked for again, and
+            clients may have released it already; counting it twice can only overstate.
         """
         for node, one in self._statements.items():
             if one is not None:
-                self._statements[node] = dataclasses.replace(one, before=one.before + steps)
+                spent = one.steps + lost_steps
+                self._statements[node] = dataclasses.replace(one, before=spent, stated=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Every client's statement so far; ``None`` for one that guarantees nothing."""

@@ -52,7 +52,7 @@ class RunAccount:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from them, the lost round counted."""
         self._tracker.load_state_dict(state)
-        self._tracker.assume_lost_round(self._steps)
+        self._tracker.begin_again(self._steps)
 
 
 def find_earlier_run(settings: Settings) -> RunFolder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -52,3 +53,24 @@ def test_a_count_that_grows_is_no_restart():
     assert observed(stated(steps=4), stated(steps=8)).largest_epsilon() == pld_epsilon(
         sample_rate=0.3, noise_multiplier=2.0, steps=8, delta=1e-5
     )
+
+
+@pytest.mark.parametrize("after", [(2,), (4,), (6,), (2, 4)])
+def test_a_resumed_run_adds_to_all_that_was_spent_and_to_the_round_that_was_cut_off(after):
+    """Clients count from zero in the new run, even to more than they had stated before."""
+    before = observed(stated(steps=2), stated(steps=4))
+    resumed = PrivacyTracker(1e-5, 1000)
+    resumed.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert resumed.largest_epsilon() == before.largest_epsilon()
+    resumed.begin_again(2)
+    assert resumed.largest_epsilon() == pytest.approx(epsilon_of(steps=6))
+    for steps in after:
+        resumed.observe(1, stated(steps=steps))
+    assert resumed.largest_epsilon() == pytest.approx(epsilon_of(steps=6 + after[-1]))
+
+
+def test_a_client_without_a_guarantee_has_none_after_a_resume():
+    resumed = PrivacyTracker(1e-5, 1000)
+    resumed.load_state_dict(observed(reply(None)).state_dict())
+    resumed.begin_again(2)
+    assert resumed.largest_epsilon() == math.inf

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -65,6 +66,45 @@ def test_a_run_that_cannot_work_fails_loudly(tmp_path):
     assert "finished:failed" in done.stderr
     assert "none of the 2 rounds had 2 valid replies" in done.stderr
     assert not list(tmp_path.glob("*/result.json"))
+
+
+def simulation_of(before: set[int], runs: Path) -> int:
+    """Wait until the new run has finished two rounds; its process, which holds the ServerApp."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        lines = [f.read_text().count("\n") for f in runs.glob("*/metrics.jsonl")]
+        if lines and lines[0] >= 3:
+            for pid in flower_processes() - before:
+                if "flwr-simulation" in " ".join(psutil.Process(pid).cmdline()):
+                    return pid
+        time.sleep(0.2)
+    raise AssertionError("the run did not get to its second round")
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_server_app_is_resumed(tmp_path):
+    """docs/resume.md: SIGKILL in the middle of the run, then the command with ``resume``."""
+    asked = ("--method", "as-lora", "--rounds", "8", "--seed", "3", "--clients", "3")
+    before = flower_processes()
+    command = [sys.executable, "-m", "cli.run", "--output-dir", str(tmp_path / "a"), *asked]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.DEVNULL) as run:  # fmt: skip
+        os.kill(simulation_of(before, tmp_path / "a"), signal.SIGKILL)
+        assert run.wait(timeout=200) != 0
+    (cut,) = (tmp_path / "a").iterdir()
+    assert not (cut / "result.json").exists() and (cut / "checkpoint.npz").exists()
+    done = run_command(*asked, "--config", f'resume="{cut}"', runs=tmp_path / "b")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = Path(done.stdout.strip().splitlines()[-1])
+    result, rows = json.loads(path.read_text()), metrics_of(path.parent)
+    assert result["rounds"] == 8
+    assert [row["round"] for row in rows] == list(range(9))
+    assert rows[:3] == metrics_of(cut)[:3]
+    assert result["accuracy_end"] >= 0.8
+    assert result["epsilon"] > 8.0  # the round that was cut off counts twice
 
 
 def free_port() -> int:
