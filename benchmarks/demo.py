@@ -31,6 +31,13 @@ ARMS: dict[str, list[str]] = {
     "ro-lora, epsilon 8": ["--method", "ro-lora"],
     "ffa-lora, epsilon 8": ["--method", "ffa-lora"],
     "dp-lora, epsilon 8": ["--method", "dp-lora"],
+    "fed-svd, epsilon 8": ["--method", "fed-svd"],
+    "fedex-lora, epsilon 8": ["--method", "fedex-lora"],
+    "flora, epsilon 8": ["--method", "flora"],
+    "flex-lora, ranks 4 and 2, epsilon 8": [
+        *("--method", "flex-lora", "--config", 'lora.client-ranks="4,2"'),
+    ],
+    "as-lora, int8, epsilon 8": ["--method", "as-lora", "--config", 'wire.dtype="int8"'],
 }
 _MAIN_ARM = "la-lora, epsilon 8"
 
