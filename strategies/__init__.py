@@ -4,7 +4,7 @@ Knows nothing of models, data or noise; any Flower app can use a strategy on its
 """
 
 from .as_lora import ASLoRA
-from .base import PRIVACY_KEY, ROUND_PLAN_KEY, LoRAStrategy
+from .base import ROUND_PLAN_KEY, LoRAStrategy
 from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from .client_scores import SCORES_KEY, GradientEnergies
 from .dp_lora import DPLoRA
@@ -27,6 +27,7 @@ from .node_state import (
 from .nodes import NotEnoughNodes
 from .norm_bound import UpdateBound
 from .replies import InvalidReply
+from .reply_gate import PRIVACY_KEY
 from .report import RoundReport, payload_bytes
 from .ro_lora import RoLoRA
 from .round_plan import Mode, RoundPlan

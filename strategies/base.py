@@ -16,22 +16,22 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .checkpoint import Checkpoint
-from .downlink import Asked, Downlink, needs_full
+from .downlink import Downlink
 from .loop import EarlyStopping, EvaluateFn, run_rounds
 from .low_rank import NotFinite
 from .nodes import sample_nodes
 from .norm_bound import Bound, UpdateBound
-from .replies import InvalidReply, WeightedMean, check_norms, read_update, read_weight
+from .replies import InvalidReply, WeightedMean
+from .reply_gate import ReplyGate, states_privacy
 from .report import RoundReport, payload_bytes
 from .round_plan import Mode, Optimizer, RoundPlan
 from .settings import StrategySettings, WireSettings
 from .summary import log_summary
-from .tensor_names import Kind, kind_of
+from .tensor_names import kind_of
 from .trimmed_mean import TrimmedMean
 from .wire_dtypes import WireDtype, relative_error
 
 ROUND_PLAN_KEY = "round-plan"
-PRIVACY_KEY = "privacy"  # a reply's public statement of the noise on it
 Weighting = Literal["uniform", "public-counts"]
 Update = Mapping[str, npt.NDArray[np.float32]]
 
@@ -168,34 +168,11 @@ class LoRAStrategy(Strategy):
 
     @classmethod
     def from_settings(
-        cls,
-        settings: StrategySettings,
-        wire: WireSettings | None = None,
-        *,
-        train_head: bool = True,
-        seed: int = 0,
-        **others: Any,
+        cls, settings: StrategySettings, wire: WireSettings | None = None, **others: Any
     ) -> Self:
         """Make the strategy that the settings ask for; ``others`` are further arguments."""
-        return cls(
-            local_steps=settings.local_steps,
-            lr_a=settings.lr_a,
-            lr_b=settings.lr_b,
-            lr_head=settings.lr_head,
-            lr_decay=settings.lr_decay,
-            optimizer=settings.optimizer,
-            low_pass=None if settings.low_pass == "auto" else settings.low_pass == "on",
-            train_head=train_head,
-            weighting=settings.weighting,
-            trim=settings.trim,
-            wire_dtype=(wire or WireSettings()).dtype,
-            fraction_train=settings.fraction_train,
-            min_train_nodes=settings.min_train_nodes,
-            min_available_nodes=settings.min_available_nodes,
-            node_timeout=settings.node_timeout,
-            seed=seed,
-            **others,
-        )
+        dtype = (wire or WireSettings()).dtype
+        return cls(**settings.arguments(), wire_dtype=dtype, **others)
 
     @abstractmethod
     def mode(self, server_round: int) -> Mode:
@@ -326,7 +303,7 @@ class LoRAStrategy(Strategy):
         bytes_up = private = 0
         asked_nodes = self._downlink.asked()
         self._mean = TrimmedMean(self.trim, asked_nodes) if self.trim else WeightedMean()
-        self._limits: dict[tuple[int, float | None], Mapping[Kind, float]] = {}
+        gate = ReplyGate(self, self._downlink, plan)
         self._begin(plan)
         for reply in replies:
             asked = self._downlink.sender(reply)
@@ -336,8 +313,9 @@ class LoRAStrategy(Strategy):
                 if asked is None:
                     raise InvalidReply("answers no open message of this round (a duplicate?)")
                 bytes_up += payload_bytes(reply.content)
-                self._accept(plan, asked, reply)
-                private += _states_privacy(reply)
+                update, weight = gate.check(asked, reply)
+                self._fold(update, weight, reply, asked.rank)
+                private += states_privacy(reply)
             except InvalidReply as error:
                 node = asked.node if asked else reply.metadata.src_node_id
                 if asked:
@@ -467,30 +445,6 @@ class LoRAStrategy(Strategy):
             raise ValueError(f"{self.name} has no ranks by client, got {rank}")
         return self._adapter
 
-    # Checks of a reply.
-
-    def _accept(self, plan: RoundPlan, asked: Asked, reply: Message) -> None:
-        """Check a reply and fold it in; nothing of a bad one stays."""
-        if needs_full(reply):
-            raise InvalidReply("could not go on from what it was sent, and did not train")
-        if self.on_reply is not None:
-            self.on_reply(asked.node, reply)
-        self._downlink.take_statement(asked, reply)
-        tensors = self._tensors_for(asked.rank)
-        shapes = {name: tensors[name].shape for name in plan.uploaded(tensors)}
-        update = read_update(reply, shapes, self.arrayrecord_key, self.wire_dtype)
-        weight = 1.0
-        if self.weighting == "public-counts":
-            weight = read_weight(reply, self.weighted_by_key)
-        if self.update_bound is not None:
-            count = weight if self.weighting == "public-counts" else None
-            if (asked.rank, count) not in self._limits:
-                limits = self.update_bound.limits(plan, shapes, count)
-                rounding = 1 + relative_error(self.wire_dtype)
-                self._limits[asked.rank, count] = {k: rounding * v for k, v in limits.items()}
-            check_norms(update, self._limits[asked.rank, count])
-        self._fold(update, weight, reply, asked.rank)
-
     def _note(self, failures: list[str], server_round: int, text: str) -> None:
         failures.append(text)
         log(WARNING, "Round %d goes on without %s", server_round, text)
@@ -500,11 +454,3 @@ class LoRAStrategy(Strategy):
             text = "%d of %d replies state no noise: this run is NOT PRIVATE"
             log(WARNING, text, valid - private, valid)
             self._warned = True
-
-
-def _states_privacy(reply: Message) -> bool:
-    record = reply.content.get(PRIVACY_KEY)
-    if not isinstance(record, ConfigRecord) or record.get("secure-noise") is not True:
-        return False
-    noise = record.get("noise-multiplier")
-    return isinstance(noise, float) and noise > 0

@@ -55,7 +55,7 @@ class Downlink:
 
     def __init__(self, tensors_for: Callable[[int], Tensors], arrays_key: str) -> None:
         self.bytes_down = 0
-        self._tensors_for = tensors_for
+        self.tensors_for = tensors_for
         self._arrays_key = arrays_key
         self._held: dict[int, tuple[int, str]] = {}
         self._books: dict[int, VersionBook] = {}
@@ -210,7 +210,7 @@ class Downlink:
         """Tensors as they travel; those that did not change are not written anew."""
         before = self._packed.get(rank, {})
         now = {}
-        for name, value in self._tensors_for(rank).items():
+        for name, value in self.tensors_for(rank).items():
             known = before.get(name)
             now[name] = known if known and known[0] is value else (value, Array(value))
         self._packed[rank] = now
@@ -224,7 +224,7 @@ class Downlink:
 
     def _has_rank(self, rank: object) -> TypeGuard[int]:
         try:
-            return type(rank) is int and bool(self._tensors_for(rank))
+            return type(rank) is int and bool(self.tensors_for(rank))
         except ValueError:
             return False
 

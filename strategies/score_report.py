@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from flwr.app import ConfigRecord, Message
 
-from .base import PRIVACY_KEY
+from .reply_gate import PRIVACY_KEY
 from .scores import ScoreSource
 from .selection import Factor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -124,6 +124,15 @@ class StrategySettings(BaseModel):
     exploration: float = Field(
         default=0.05, ge=0, le=0.5, description="as-lora: smallest probability of either factor."
     )
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments that every strategy takes, by their names."""
+        names = (
+            *("local_steps", "lr_a", "lr_b", "lr_head", "lr_decay", "optimizer", "weighting"),
+            *("trim", "fraction_train", "min_train_nodes", "min_available_nodes", "node_timeout"),
+        )
+        low_pass = None if self.low_pass == "auto" else self.low_pass == "on"
+        return {**{name: getattr(self, name) for name in names}, "low_pass": low_pass}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -146,8 +146,10 @@ def test_other_settings_are_refused_by_name(federate, changes, named):
 
 def test_where_a_run_looks_and_how_long_it_waits_may_change(federate, tmp_path):
     folder, _ = federate(**SEEDED)
-    federate(**SEEDED, resume=str(folder.path), strategy__round_timeout=60.0,
+    again, _ = federate(**SEEDED, resume=str(folder.path), strategy__round_timeout=60.0,
              output_dir=str(tmp_path / "elsewhere"))  # fmt: skip
+    assert again.read_settings()["strategy"]["round-timeout"] == 60.0
+    assert again.read_result()["rounds"] == folder.read_result()["rounds"]
 
 
 def test_what_is_no_run_is_refused(federate, tmp_path):

@@ -236,7 +236,7 @@ def in_one_go(case: str, options: dict, faults: list[str], seed: int) -> None:
     grid.push_messages(asked)
     alone = run.strategy()
     for name, value in vars(strategy._downlink).items():  # it asked the same, before any reply
-        if name != "_tensors_for":
+        if name != "tensors_for":
             setattr(alone._downlink, name, copy.copy(value))
     sent, valid = [], []
     for place, (message, fault) in enumerate(zip(asked, faults, strict=True)):
