@@ -101,6 +101,8 @@ def _failure_of(error: Exception) -> ClientFailure:
 def _train(message: Message, context: Context) -> RecordDict:
     settings = Settings.from_run_config(context.run_config)
     plan, fingerprint = _unpack(message)
+    if plan.scores != "none" and settings.strategy.score != "client":
+        raise MessageError("the round plan asks for scores, strategy.score does not")
     rank = choose_rank(settings, context.node_config)
     wire_rank = rank if settings.strategy.method == "flex-lora" else 0
     try:

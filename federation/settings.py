@@ -80,6 +80,12 @@ class Settings(BaseModel):
                 "privacy.max-grad-norm-a and -b belong to steps that train one factor; "
                 f"strategy.method = {self.strategy.method!r} trains both at once: accepted is 0"
             )
+        if self.strategy.score == "client" and not self.counts_are_public:
+            raise ValueError(
+                "strategy.score = 'client' tells the noise on a client's updates, and so its "
+                "record count: accepted with strategy.weighting = 'public-counts' or "
+                "privacy.expected-batch-size"
+            )
         if self.lora.client_ranks and self.strategy.method != "flex-lora":
             raise ValueError(
                 "lora.client-ranks belongs to strategy.method = 'flex-lora', got "

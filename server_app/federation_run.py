@@ -20,7 +20,7 @@ from task.model import build_task_model
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
-from .resume import RunAccount, copy_checkpoint, find_earlier_run
+from .resume import RunAccount, find_earlier_run, take_over
 
 
 class NothingLearned(RuntimeError):
@@ -83,14 +83,18 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.data.validation_fraction,
         settings.seed,
     )
-    tracker = PrivacyTracker(settings.privacy.target_delta, settings.total_steps)
+    tracker = PrivacyTracker(
+        settings.privacy.target_delta,
+        settings.total_steps,
+        target_epsilon=settings.privacy.target_epsilon,
+    )
     strategy = make_strategy(settings, tracker)
     rounds = settings.strategy.num_rounds
     observer = Observer(folder, rounds, strategy, model, test, validation, tracker)
     account = RunAccount(tracker, settings.strategy.local_steps)
     checkpoint = Checkpoint(folder.checkpoint, {"observer": observer, "account": account})
     if earlier is not None:
-        copy_checkpoint(earlier, folder)
+        take_over(earlier, folder)
     strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(
@@ -147,6 +151,8 @@ def _guarantee(settings: Settings) -> str:
     privacy = settings.privacy
     if privacy.mode == "none" or privacy.insecure_test_seed >= 0:
         return "none: this run is NOT PRIVATE"
+    if settings.resume:
+        return "what the earlier run spent and this one adds: the epsilon of each round's line"
     return (
         f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} at most, over all "
         "rounds, against the server too"

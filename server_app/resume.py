@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from federation.run_files import RunFolder
+from federation.run_files import RunFolder, write_atomically
 from federation.settings import Settings, SettingsError
 from strategies.atomic_file import replacing
 
@@ -23,6 +23,8 @@ _MAY_DIFFER = {
     "strategy.min-train-nodes",
     "strategy.min-available-nodes",
 }
+
+_TAKEN_OVER = "resumed-by.txt"
 
 
 class RunAccount:
@@ -61,7 +63,8 @@ def find_earlier_run(settings: Settings) -> RunFolder:
     Raises
     ------
     SettingsError
-        If there is no such run, it has no checkpoint, or a setting differs.
+        If there is no such run, it has no checkpoint, another run went on from it already, or a
+        setting differs.
     """
     path = Path(settings.resume).expanduser()
     folder = RunFolder(path.parent if path.suffix == ".npz" else path)
@@ -71,6 +74,11 @@ def find_earlier_run(settings: Settings) -> RunFolder:
                 f"resume: got {settings.resume!r}, which has no {file.name}; accepted is the "
                 "folder of a run that finished a round"
             )
+    if (folder.path / _TAKEN_OVER).is_file():
+        later = (folder.path / _TAKEN_OVER).read_text(encoding="utf-8").strip()
+        raise SettingsError(
+            f"resume: {folder.path} was gone on from already; accepted is the run that did: {later}"
+        )
     before, now = _flat(folder.read_settings()), _flat(settings.model_dump(by_alias=True))
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     lines = [
@@ -85,10 +93,14 @@ def find_earlier_run(settings: Settings) -> RunFolder:
     return folder
 
 
-def copy_checkpoint(earlier: RunFolder, folder: RunFolder) -> None:
-    """Begin a run's folder with the checkpoint of another, which stays as it is."""
+def take_over(earlier: RunFolder, folder: RunFolder) -> None:
+    """Begin a run's folder with the checkpoint of another, and note there who goes on.
+
+    Two runs that went on from the same round would each know only what they spent themselves.
+    """
     with earlier.checkpoint.open("rb") as source, replacing(folder.checkpoint) as target:
         shutil.copyfileobj(source, target)
+    write_atomically(earlier.path / _TAKEN_OVER, f"{folder.path}\n")
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

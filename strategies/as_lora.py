@@ -13,12 +13,13 @@ from flwr.common import log
 from .base import LoRAStrategy, Update
 from .client_scores import ClientScores
 from .round_plan import Mode, RoundPlan
-from .score_report import describe_round, stated_noise
+from .score_report import describe_round
 from .scores import ScoreSource, UpdateEnergies
 from .selection import FactorChoice, Granularity, group_of
 from .settings import StrategySettings, WireSettings
 from .tensor_names import kind_of, layer_of
 from .trimmed_mean import TrimmedMean
+from .trust import largest_scores, stated_noise
 
 
 class ASLoRA(LoRAStrategy):
@@ -134,15 +135,19 @@ class ASLoRA(LoRAStrategy):
 
     def _begin(self, plan: RoundPlan) -> None:
         active = [name for name in plan.uploaded(self._adapter) if kind_of(name) != "head"]
-        self._energies = UpdateEnergies({n: group_of(n, self.granularity) for n in active})
+        self._active = {name: group_of(name, self.granularity) for name in active}
+        self._round = plan
+        self._energies = UpdateEnergies(self._active)
         self._stated = ClientScores(self._energies.groups) if self.score == "client" else None
 
     def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
         if self._stated is not None:
-            self._stated.add(reply, weight)  # first: it may refuse the reply
+            largest = largest_scores(update, self._active, self._round)
+            self._stated.add(reply, weight, largest)  # first: it may refuse the reply
         super()._fold(update, weight, reply, rank)
         if self._energies is not None:
-            self._energies.add(update, weight, stated_noise(reply))
+            noise = stated_noise(reply, update, self._active, self._round)
+            self._energies.add(update, weight, noise)
 
     def _apply_if_finite(self, plan: RoundPlan) -> bool:
         if not super()._apply_if_finite(plan):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -32,6 +32,7 @@ from .trimmed_mean import TrimmedMean
 from .wire_dtypes import WireDtype, relative_error
 
 ROUND_PLAN_KEY = "round-plan"
+_LONGEST_REASON = 300
 Weighting = Literal["uniform", "public-counts"]
 Update = Mapping[str, npt.NDArray[np.float32]]
 
@@ -301,6 +302,7 @@ class LoRAStrategy(Strategy):
         plan = self.plan(server_round)
         failures: list[str] = []
         bytes_up = private = 0
+        heaviest, all_weights = (0.0, 0), 0.0
         asked_nodes = self._downlink.asked()
         self._mean = TrimmedMean(self.trim, asked_nodes) if self.trim else WeightedMean()
         gate = ReplyGate(self, self._downlink, plan)
@@ -309,13 +311,15 @@ class LoRAStrategy(Strategy):
             asked = self._downlink.sender(reply)
             try:
                 if reply.has_error():
-                    raise InvalidReply(f"error code {reply.error.code}: {reply.error.reason}")
+                    raise InvalidReply(_failure(reply.error))
                 if asked is None:
                     raise InvalidReply("answers no open message of this round (a duplicate?)")
                 bytes_up += payload_bytes(reply.content)
                 update, weight = gate.check(asked, reply)
                 self._fold(update, weight, reply, asked.rank)
                 private += states_privacy(reply)
+                heaviest = max(heaviest, (weight, asked.node))
+                all_weights += weight
             except InvalidReply as error:
                 node = asked.node if asked else reply.metadata.src_node_id
                 if asked:
@@ -332,6 +336,9 @@ class LoRAStrategy(Strategy):
         else:
             text = "Round %d is not applied: %d valid replies, min_train_nodes is %d"
             log(WARNING, text, server_round, valid, self.min_train_nodes)
+        if valid > 2 and heaviest[0] > all_weights / 2:
+            text = "Node %d has more than half of the weight in round %d, by its own record count"
+            log(WARNING, text, heaviest[1], server_round)
         self._warn_if_not_private(valid, private)
         self.last_round = RoundReport(
             server_round=server_round,
@@ -454,3 +461,9 @@ class LoRAStrategy(Strategy):
             text = "%d of %d replies state no noise: this run is NOT PRIVATE"
             log(WARNING, text, valid - private, valid)
             self._warned = True
+
+
+def _failure(error: Error) -> str:
+    """What a client says went wrong, fit for a log: one line, no control characters, not long."""
+    reason = (error.reason or "no reason given")[:_LONGEST_REASON]
+    return f"error code {error.code}: {''.join(c if c.isprintable() else ' ' for c in reason)}"

@@ -96,8 +96,19 @@ class ClientScores:
         self._sums = dict.fromkeys(groups, 0.0)
         self._weight = 0.0
 
-    def add(self, reply: Message, weight: float) -> None:
+    def add(
+        self, reply: Message, weight: float, largest: Mapping[str, float] | None = None
+    ) -> None:
         """Add a client's scores with its weight in the mean.
+
+        Parameters
+        ----------
+        reply : Message
+            Has the scores.
+        weight : float
+            The client's weight.
+        largest : mapping of str to float, optional
+            How large a score of each group counts, whatever is stated.
 
         Raises
         ------
@@ -111,7 +122,8 @@ class ClientScores:
         for group, value in record.items():
             if not isinstance(value, int | float) or not abs(value) <= _LARGEST_SCORE:
                 raise InvalidReply(f"a score is not a number within {_LARGEST_SCORE:g}")
-            values[group] = float(value)
+            limit = _LARGEST_SCORE if largest is None else largest[group]
+            values[group] = min(max(float(value), -limit), limit)
         for group, value in values.items():
             self._sums[group] += weight * value
         self._weight += weight

@@ -5,11 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from logging import WARNING
 
 from flwr.app import Message
+from flwr.common import log
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 _PUSHED_AT_ONCE = 64
+# What Flower's parsers raise on bytes that are no message.
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    RecursionError,
+    DecodeError,
+)
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
 
 
@@ -50,10 +64,10 @@ def exchange(
         progress = False
         # The last look takes whatever has come.
         for message_id in list(islice(open_ids, 1)) if in_order and not late else list(open_ids):
-            for reply in grid.pull_messages([message_id]):
-                open_ids.pop(message_id, None)
+            for reply in _pull(grid, message_id, open_ids):
+                open_ids.pop(reply.metadata.reply_to_message_id, None)
                 progress = True
-                again = follow_up(reply)
+                again = None if late else follow_up(reply)  # too late to train now
                 if again is None:
                     yield reply
                 else:
@@ -67,6 +81,17 @@ def exchange(
         if not progress:
             left = pause if end is None else end - time.monotonic()
             time.sleep(max(0.0, min(pause, left)))
+
+
+def _pull(grid: Grid, message_id: str, open_ids: dict[str, None]) -> Iterable[Message]:
+    """Fetch the replies to one message; one that cannot be read costs its sender only."""
+    try:
+        return grid.pull_messages([message_id])
+    except _UNREADABLE as error:
+        # Not the network's errors: those are no client's doing, and end the run.
+        log(WARNING, "A reply cannot be read (%s)", type(error).__name__)
+        open_ids.pop(message_id, None)
+        return []
 
 
 def _push(grid: Grid, messages: Iterable[Message]) -> list[str]:

@@ -1,24 +1,13 @@
-"""What a round of AS-LoRA says of its choice, and what clients say of their noise."""
+"""What a round of AS-LoRA says of its choice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
-from flwr.app import ConfigRecord, Message
 
-from .reply_gate import PRIVACY_KEY
 from .scores import ScoreSource
 from .selection import Factor
-
-_LARGEST_NOISE = 1e6  # per value of a mean gradient; squares of more could leave a float's range
-
-
-def stated_noise(reply: Message) -> float | None:
-    """Read the noise that a client states; what no plan would have counts as not stated."""
-    record = reply.content.get(PRIVACY_KEY)
-    value = record.get("noise-std") if isinstance(record, ConfigRecord) else None
-    return value if isinstance(value, float) and 0 <= value <= _LARGEST_NOISE else None
 
 
 def describe_round(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from logging import WARNING
 
 import numpy as np
 import numpy.typing as npt
+from flwr.common import log
 
 from .replies import Float64s, WeightedMean
 
@@ -58,7 +60,7 @@ class TrimmedMean:
         self.plain = WeightedMean()
         self._trim = trim
         self._asked = asked
-        self._size = math.floor(trim * asked)
+        self._size = _trimmed(trim, asked)
         self._tensors: dict[str, _Ranks] = {}
 
     @property
@@ -78,8 +80,16 @@ class TrimmedMean:
 
     def mean(self) -> dict[str, Float64s]:
         """Trimmed mean of what was added; empty if nothing was."""
-        k = math.floor(self._trim * self.count)
+        k = _trimmed(self._trim, self.count)
+        if k == 0 < self._trim and self.count:
+            text = "trim = %g of %d replies drops none: this is the ordinary mean"
+            log(WARNING, text, self._trim, self.count)
         return {name: ranks.mean(k) for name, ranks in self._tensors.items()}
+
+
+def _trimmed(trim: float, count: int) -> int:
+    """Values dropped at either end; 0.29 of 100 are 29, though their product is below."""
+    return min(math.floor(trim * count + 1e-9), max(count - 1, 0) // 2)
 
 
 class _Ranks:

@@ -11,6 +11,7 @@ import pytest
 from client_app.round_handler import handle_train
 from federation.run_files import RunFolder
 from federation.settings import SettingsError
+from privacy import pld_epsilon
 from server_app import federation_run, observer, resume
 from strategies import ROUND_PLAN_KEY, Checkpoint, CheckpointError, read_checkpoint
 from tests.fake_grid import FakeGrid
@@ -94,6 +95,58 @@ def test_the_round_that_was_lost_is_counted_as_spent(federate, runs, tmp_path):
     assert math.isfinite(epsilons[3])
 
 
+class RenamingGrid(FakeGrid):
+    """Flower's simulation gives nodes new ids in every run."""
+
+    def get_node_ids(self):
+        return [node + 100 for node in super().get_node_ids()]
+
+    def push_messages(self, messages):
+        messages = list(messages)
+        for message in messages:
+            message.metadata.__dict__["_dst_node_id"] -= 100
+        return super().push_messages(messages)
+
+
+def epsilon_of(folder, steps: int) -> float:
+    """Epsilon of so many steps at the numbers that the clients of a run state."""
+    account = read_checkpoint(folder.checkpoint).state["companions"]["account"]
+    statement = next(iter(account["clients"].values()))
+    return pld_epsilon(
+        sample_rate=statement["sample_rate"],
+        noise_multiplier=statement["noise_multiplier"],
+        steps=steps,
+        delta=1e-5,
+    )
+
+
+@pytest.mark.parametrize("grid_type", [FakeGrid, RenamingGrid])
+def test_every_lost_round_of_a_crash_loop_is_counted(federate, runs, tmp_path, grid_type):
+    """Four rounds of two steps; the third is lost three times and then taken."""
+    lost = [handle_train, handle_train, killed_in_round(3)]
+    with pytest.raises(PowerCut):
+        federate(lost, strategy__num_rounds=4)
+    folder = only_folder(runs)
+    for attempt in ("second", "third"):
+        with pytest.raises(PowerCut):
+            federate(
+                lost,
+                strategy__num_rounds=4,
+                resume=str(folder.path),
+                output_dir=str(tmp_path / attempt),
+                grid_type=grid_type,
+            )
+        folder = only_folder(tmp_path / attempt)
+    last, _ = federate(
+        strategy__num_rounds=4,
+        resume=str(folder.path),
+        output_dir=str(tmp_path / "last"),
+        grid_type=grid_type,
+    )
+    spent = epsilon_of(last, steps=2 * (2 + 3 + 2))
+    assert last.read_result()["epsilon"] == pytest.approx(spent, rel=1e-6)
+
+
 def test_a_run_is_resumed_from_its_checkpoint_file_and_left_as_it_was(federate, runs, tmp_path):
     with pytest.raises(PowerCut):
         federate([handle_train, handle_train, killed_in_round(3)], **SEEDED)
@@ -101,7 +154,12 @@ def test_a_run_is_resumed_from_its_checkpoint_file_and_left_as_it_was(federate, 
     before = {path.name: path.read_bytes() for path in cut.path.iterdir()}
     folder, _ = federate(**SEEDED, resume=str(cut.checkpoint), output_dir=str(tmp_path / "b"))
     assert folder.result.exists()
-    assert {path.name: path.read_bytes() for path in cut.path.iterdir()} == before
+    after = {path.name: path.read_bytes() for path in cut.path.iterdir()}
+    # But for a note of who went on: two runs from one round would each know half of the account.
+    assert after.pop("resumed-by.txt").decode() == f"{folder.path}\n"
+    assert after == before
+    with pytest.raises(SettingsError, match=r"was gone on from already.*-la-lora-8"):
+        federate(**SEEDED, resume=str(cut.path))
 
 
 def test_a_run_killed_before_it_wrote_anything_new_can_be_resumed_again(federate, runs, tmp_path):

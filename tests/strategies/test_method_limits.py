@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord
 
 import strategies
 from strategies import STRATEGIES, FedSVD, StrategySettings
@@ -111,3 +112,24 @@ def test_each_method_is_a_file_of_its_own_below_150_lines_of_code(method):
     file = Path(strategies.__file__).with_name(method.replace("-", "_") + ".py")
     assert f'name = "{method}"' in file.read_text(encoding="utf-8")
     assert 5 < lines_of_code(file.read_text(encoding="utf-8")) < 150
+
+
+def test_directions_that_no_client_had_keep_a_gradient():
+    """FlexLoRA with R = 4 and one client of rank 2: B is zero there, so A must not be."""
+    strategy = STRATEGIES["flex-lora"](local_steps=2, min_train_nodes=1, min_available_nodes=1)
+    rng = np.random.default_rng(0)
+    shapes = {"m.lora_A.weight": (4, 9), "m.lora_B.weight": (7, 4)}
+    start = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    strategy.take_arrays(ArrayRecord({n: Array(value) for n, value in start.items()}))
+    plan = strategy.plan(1)
+    strategy._begin(plan)
+    update = {"m.lora_A.weight": np.ones((2, 9), np.float32),
+              "m.lora_B.weight": np.ones((7, 2), np.float32)}  # fmt: skip
+    view = strategy._tensors_for(2)
+    product = (view["m.lora_B.weight"] + 1) @ (view["m.lora_A.weight"] + 1)
+    strategy._fold(update, 1.0, None, 2)
+    strategy._apply(plan)
+    a, b = (strategy._adapter[name].astype(np.float64) for name in shapes)
+    np.testing.assert_allclose(a @ a.T, np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(b @ a, 2 * product, rtol=1e-5, atol=1e-5)
+    assert not b[:, 2:].any()
