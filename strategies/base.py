@@ -333,7 +333,7 @@ class LoRAStrategy(Strategy):
         applied = valid >= self.min_train_nodes and self._apply_if_finite(plan)
         if applied:
             self._record = ArrayRecord({n: Array(value) for n, value in self._adapter.items()})
-        else:
+        elif valid < self.min_train_nodes:
             text = "Round %d is not applied: %d valid replies, min_train_nodes is %d"
             log(WARNING, text, server_round, valid, self.min_train_nodes)
         if valid > 2 and heaviest[0] > all_weights / 2:
@@ -432,12 +432,13 @@ class LoRAStrategy(Strategy):
             with np.errstate(over="ignore", invalid="ignore"):  # seen below
                 self._apply(plan)
         except NotFinite as error:
-            log(WARNING, "Round %d: %s", plan.server_round, error)
+            log(WARNING, "Round %d is not applied: %s", plan.server_round, error)
             self._adapter = before
             return False
         for name, value in self._adapter.items():
             if value is not before.get(name) and not np.isfinite(value).all():
-                log(WARNING, "Round %d would make %s infinite", plan.server_round, name)
+                text = "Round %d is not applied: it would make %s infinite"
+                log(WARNING, text, plan.server_round, name)
                 self._adapter = before
                 return False
         return True

@@ -87,7 +87,8 @@ class FlexLoRA(LoRAStrategy):
             left[:, : len(s)], right[: len(s)] = u * (s / self._weight), vt
             # Directions that no client of the round had: B is zero there, and A must not be, or
             # neither would ever get a gradient again.
-            right[len(s) :] = _beside(vt, self._adapter[a], rank - len(s))
+            rest = _beside(vt, self._adapter[a], rank - len(s))
+            right[len(s) : len(s) + len(rest)] = rest
             self._adapter[a], self._adapter[b] = right.astype(np.float32), left.astype(np.float32)
         self._products, self._views = {}, {}
 
@@ -95,7 +96,7 @@ class FlexLoRA(LoRAStrategy):
 def _beside(
     basis: npt.NDArray[np.float64], rows: npt.NDArray[np.float32], count: int
 ) -> npt.NDArray[np.float64]:
-    """``count`` orthonormal rows from the span of ``rows``, orthogonal to the rows of ``basis``."""
+    """Up to ``count`` orthonormal rows from ``rows``' span, orthogonal to the rows of ``basis``."""
     rest = rows.astype(np.float64)
     rest = rest - (rest @ basis.T) @ basis
     return np.linalg.svd(rest, full_matrices=False)[2][:count]
