@@ -16,7 +16,6 @@ from .report import payload_bytes
 from .versions import VersionBook
 
 Tensors = Mapping[str, npt.NDArray[np.float32]]
-_LONGEST_VERSION = 64
 
 
 @dataclasses.dataclass(frozen=True)
