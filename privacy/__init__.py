@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
     from .budget import BudgetExhausted, StepBudget
     from .clipping import clip_and_sum, joint_norms
+    from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
     from .hook_engine import HookEngine
     from .low_pass import binomial_low_pass
@@ -34,6 +35,7 @@ _HOMES = {
     "AccountingError": "accounting",
     "BudgetExhausted": "budget",
     "EngineError": "guards",
+    "FusedEngine": "fused_engine",
     "HookEngine": "hook_engine",
     "PoissonSampler": "sampling",
     "PrivacyPlan": "plan",
@@ -64,6 +66,7 @@ __all__ = [
     "AccountingError",
     "BudgetExhausted",
     "EngineError",
+    "FusedEngine",
     "HookEngine",
     "PoissonSampler",
     "PrivacyPlan",

@@ -1,4 +1,4 @@
-"""Per-record gradients of adapter and head layers, kept directly by forward hooks.
+"""Per-record gradients of adapter and head layers, reported by forward hooks.
 
 Opacus takes dimension 0 of a layer's input for the batch.  Inside Swin's windows that dimension
 is records x windows, and a record would be clipped window by window, up to as many times C as it
@@ -10,23 +10,20 @@ step, parameters never require a gradient, and autograd never forms a summed wei
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .clipping import clip_and_sum
-from .guards import EngineError, check_losses, locate_linear_parameters, refuse_training_batchnorm
-
-
-@dataclasses.dataclass
-class _Capture:
-    """What one layer showed during one forward and backward pass."""
-
-    inputs: Tensor | None = None
-    grad_outputs: Tensor | None = None
+from .guards import (
+    EngineError,
+    Place,
+    check_losses,
+    locate_linear_parameters,
+    refuse_training_batchnorm,
+)
+from .record_pass import RecordPass, tapping_hook
 
 
 class HookEngine:
@@ -51,7 +48,7 @@ class HookEngine:
         trainable = [name for name, p in model.named_parameters() if p.requires_grad]
         if trainable:
             raise EngineError(
-                f"parameters must not require gradients under the hook engine, but {trainable[0]}"
+                f"parameters must not require gradients under this engine, but {trainable[0]}"
                 f" (and {len(trainable) - 1} more) do"
             )
         self._model = model
@@ -83,22 +80,12 @@ class HookEngine:
             If a layer fires twice or not at all, its positions do not divide by n, the losses
             are not one per record, or BatchNorm is in training mode.
         """
-        refuse_training_batchnorm(self._model)
-        captures: dict[nn.Linear, _Capture] = {}
-        for name in active:
-            captures.setdefault(self._places[name].module, _Capture())
-        with self._hooks(captures), torch.enable_grad():
-            values = losses()
-            check_losses(values, num_records)
-            if captures and not values.requires_grad:
-                raise EngineError(f"none of the layers of {sorted(active)} took part in the loss")
-            values.sum().backward()  # type: ignore[no-untyped-call]
-        with torch.autocast(values.device.type, enabled=False):  # rows are float32 in any case
-            return {name: self._row(name, captures, num_records) for name in active}
+        gradients = self._run(active, losses, num_records).gradients
+        return {name: gradients[name].rows() for name in active}
 
     def clipped_sum(
         self,
-        active: Collection[str],
+        active: Sequence[str],
         losses: Callable[[], Tensor],
         num_records: int,
         max_grad_norm: float,
@@ -121,64 +108,43 @@ class HookEngine:
         """
         if num_records == 0:
             return {name: self._zeros(name) for name in active}
-        return clip_and_sum(self.per_record_gradients(active, losses, num_records), max_grad_norm)
+        gradients = self._run(active, losses, num_records).gradients
+        return clip_and_sum({name: gradients[name] for name in active}, max_grad_norm)
+
+    def _run(
+        self, active: Collection[str], losses: Callable[[], Tensor], num_records: int
+    ) -> RecordPass:
+        refuse_training_batchnorm(self._model)
+        record_pass = RecordPass(active, num_records)
+        with self._listening(record_pass), torch.enable_grad():
+            values = losses()
+            check_losses(values, num_records)
+            if record_pass.active and not values.requires_grad:
+                raise EngineError(f"none of the layers of {sorted(active)} took part in the loss")
+            values.sum().backward()  # type: ignore[no-untyped-call]
+        record_pass.check_complete()
+        return record_pass
 
     def _zeros(self, name: str) -> Tensor:
         place = self._places[name]
         return torch.zeros_like(place.parameter, dtype=torch.float32, requires_grad=False)
 
+    def _tapped(self, active: Collection[str]) -> dict[nn.Linear, dict[str, Place]]:
+        """The layers that hooks listen to, each with its active tensors."""
+        layers: dict[nn.Linear, dict[str, Place]] = {}
+        for name in active:
+            place = self._places[name]
+            layers.setdefault(place.module, {})[name] = place
+        return layers
+
     @contextlib.contextmanager
-    def _hooks(self, captures: Mapping[nn.Linear, _Capture]) -> Iterator[None]:
+    def _listening(self, record_pass: RecordPass) -> Iterator[None]:
         handles = [
-            module.register_forward_hook(_make_hook(capture))
-            for module, capture in captures.items()
+            module.register_forward_hook(tapping_hook(record_pass, places))
+            for module, places in self._tapped(record_pass.active).items()
         ]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _row(self, name: str, captures: Mapping[nn.Linear, _Capture], num_records: int) -> Tensor:
-        place = self._places[name]
-        capture = captures[place.module]
-        if capture.inputs is None or capture.grad_outputs is None:
-            raise EngineError(
-                f"{name}: its layer took no part in the loss, so it would silently not train"
-            )
-        grads = _by_record(name, capture.grad_outputs, num_records)
-        if place.kind == "bias":
-            return grads.sum(dim=1)
-        inputs = _by_record(name, capture.inputs, num_records)
-        return torch.bmm(grads.transpose(1, 2), inputs)
-
-
-def _make_hook(capture: _Capture) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if capture.inputs is not None:
-            raise EngineError(
-                f"a {type(module).__name__} with an active tensor ran twice in one pass (a shared "
-                "layer, or activation checkpointing): its record norms would be split"
-            )
-        capture.inputs = args[0].detach()
-        if not output.requires_grad:
-            output.requires_grad_(True)  # the first active layer starts the graph
-
-        def keep(grad: Tensor) -> None:
-            capture.grad_outputs = grad.detach()
-
-        output.register_hook(keep)  # type: ignore[no-untyped-call]
-        return output
-
-    return forward_hook
-
-
-def _by_record(name: str, values: Tensor, num_records: int) -> Tensor:
-    """View (..., d) as (n, positions, d); the batch must be the slowest dimension."""
-    positions = values.shape[:-1].numel()
-    if positions % num_records:
-        raise EngineError(
-            f"{name}: its layer saw {positions} positions, which does not divide by "
-            f"{num_records} records"
-        )
-    return values.reshape(num_records, positions // num_records, values.shape[-1]).float()

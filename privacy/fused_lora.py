@@ -1,0 +1,183 @@
+"""A LoRA layer as one operation: no autograd graph for the adapter, no stored temporaries.
+
+PEFT computes ``x W' + s (x A') B'`` (' is the transpose) as five operations, each of which reads and writes the
+activations.  Here the forward is one product with ``W + s B A`` and the backward one product with
+the same matrix, plus the active factor's gradients in closed form: with g the gradient of the
+layer's output, a record's is ``s g' (x A')`` for B and ``s (g B)' x`` for A.  A step on B
+therefore keeps ``x A'``, of width r, and not ``x``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .record_pass import RecordPass
+
+_PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedLoRA:
+    """A LoRA layer of PEFT that can be computed in one operation.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        PEFT's ``lora.Linear``.
+    adapter : str
+        Its active adapter.
+    name_a, name_b : str
+        Names of the factors; empty for one that is never trained.
+    """
+
+    layer: Any
+    adapter: str
+    name_a: str
+    name_b: str
+
+    @property
+    def a(self) -> Tensor:
+        """A, (r, q)."""
+        return self.layer.lora_A[self.adapter].weight.detach()  # type: ignore[no-any-return]
+
+    @property
+    def scaled_b(self) -> Tensor:
+        """s B, (p, r)."""
+        return self.layer.lora_B[self.adapter].weight.detach() * self.scaling  # type: ignore[no-any-return]
+
+    @property
+    def base(self) -> nn.Linear:
+        """The frozen layer: W (p, q) and perhaps a bias."""
+        return self.layer.base_layer  # type: ignore[no-any-return]
+
+    @property
+    def scaling(self) -> float:
+        """PEFT's factor s on B A."""
+        return float(self.layer.scaling[self.adapter])
+
+    def usable(self) -> bool:
+        """Whether PEFT would compute the plain adapter now: neither merged nor switched off."""
+        return not (self.layer.merged or self.layer.disable_adapters)
+
+    def forward(self, record_pass: RecordPass, x: Tensor) -> Tensor:
+        """Compute the layer for inputs (..., q); report to the pass in the backward."""
+        trains_a, trains_b = (n in record_pass.active for n in (self.name_a, self.name_b))
+        anchor = record_pass.anchor if trains_a or trains_b else None
+        y: Tensor = _FusedLinear.apply(x, anchor, self, record_pass, trains_a, trains_b)
+        return y
+
+
+def why_not_fused(layer: nn.Module) -> str:
+    """Say why a layer cannot be computed in one operation; empty if it can.
+
+    Parameters
+    ----------
+    layer : nn.Module
+        A layer that owns factors of LoRA.
+    """
+    kind = type(layer)
+    if (kind.__module__, kind.__qualname__) != _PEFT_LINEAR:
+        return f"{kind.__qualname__} is not PEFT's plain LoRA linear layer"
+    peft: Any = layer
+    base, adapters = peft.base_layer, peft.active_adapters
+    if type(base) is not nn.Linear:
+        return f"its base layer is a {type(base).__qualname__}"
+    if type(base.weight) is not nn.Parameter or base.weight.dtype != torch.float32:
+        return f"its base weight is a {type(base.weight).__qualname__} of {base.weight.dtype}"
+    if len(adapters) != 1 or adapters[0] not in peft.lora_A:
+        return f"its active adapters are {list(adapters)}"
+    adapter = adapters[0]
+    if peft.lora_variant.get(adapter) is not None:
+        return f"it is a variant of LoRA ({type(peft.lora_variant[adapter]).__qualname__})"
+    dropout = peft.lora_dropout[adapter]
+    if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) != 0:
+        return "it has adapter dropout"
+    factors = peft.lora_A[adapter], peft.lora_B[adapter]
+    for factor in factors:
+        if type(factor) is not nn.Linear or factor.bias is not None:
+            return "its factors are not plain matrices"
+        if factor.weight.dtype != torch.float32:
+            return f"its factors are {factor.weight.dtype}"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (base, *factors)):
+        return "hooks are registered inside it"
+    return ""
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor | None,
+        fused: FusedLoRA,
+        record_pass: RecordPass,
+        trains_a: bool,
+        trains_b: bool,
+    ) -> Tensor:
+        dtype = _compute_dtype(x)
+        base, a, scaled_b = fused.base, fused.a.to(dtype), fused.scaled_b.to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        merged = _merging_pays(dtype, flat.shape[0], *base.weight.shape)
+        with torch.autocast(x.device.type, enabled=False):
+            thin = None if merged and (trains_a or not trains_b) else flat @ a.t()
+            if merged:
+                y = F.linear(flat, torch.addmm(base.weight, scaled_b, a), bias)
+            else:
+                y = F.linear(flat, base.weight.to(dtype), bias).addmm_(thin, scaled_b.t())
+        # A step on B needs x A' only; x itself is dropped here.
+        ctx.save_for_backward(
+            flat if trains_a else None, thin if trains_b and not trains_a else None
+        )
+        ctx.fused, ctx.record_pass, ctx.merged = fused, record_pass, merged
+        ctx.trains, ctx.x_shape, ctx.x_dtype = (trains_a, trains_b), x.shape, x.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        flat, thin = ctx.saved_tensors
+        fused: FusedLoRA = ctx.fused
+        trains_a, trains_b = ctx.trains
+        weight = fused.base.weight
+        with torch.autocast(grad.device.type, enabled=False):
+            g = grad.reshape(-1, grad.shape[-1])
+            a, scaled_b = fused.a.to(g.dtype), fused.scaled_b.to(g.dtype)
+            if trains_b:
+                # s B A: the factor s of B's gradient is put on its thin side.
+                thin = (flat @ a.t() if thin is None else thin) * fused.scaling
+                _report(ctx, fused.name_b, g, thin)
+            g_b = None
+            if trains_a or not ctx.merged:
+                g_b = F.linear(g, scaled_b.t().contiguous())  # faster than g @ scaled_b
+            if trains_a and g_b is not None:
+                _report(ctx, fused.name_a, g_b, flat)
+            if not ctx.needs_input_grad[0]:
+                return (None,) * 6
+            if ctx.merged:
+                dx = g @ torch.addmm(weight, scaled_b, a)
+            else:
+                dx = (g @ weight.to(g.dtype)).addmm_(g_b, a)
+        return dx.view(ctx.x_shape).to(ctx.x_dtype), None, None, None, None, None
+
+
+def _report(ctx: Any, name: str, grads: Tensor, inputs: Tensor) -> None:
+    # The positions, flat here, are those of x: records are its slowest dimension.
+    ctx.record_pass.report_weight(name, grads, inputs)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+
+def _merging_pays(dtype: torch.dtype, positions: int, p: int, q: int) -> bool:
+    """Whether forming ``W + s B A`` twice moves less memory than two thin products more.
+
+    Never in half precision: an adapter's small changes would be rounded away beside W.
+    """
+    return dtype == torch.float32 and positions * (p + q) >= 2 * p * q
