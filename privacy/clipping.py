@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .record_gradients import RecordGradient, Rows
 
-
 Gradients = Mapping[str, RecordGradient] | Mapping[str, Tensor]
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from .fused_lora import FusedLoRA, why_not_fused
-from .guards import Place
 from .hook_engine import HookEngine
 from .record_pass import RecordPass
 
 _LOGGER = logging.getLogger(__name__)
+_FACTORS = ("lora_A", "lora_B")
 
 
 class FusedEngine(HookEngine):
@@ -39,7 +40,6 @@ class FusedEngine(HookEngine):
     def __init__(self, model: nn.Module, adapter: Mapping[str, nn.Parameter]) -> None:
         super().__init__(model, adapter)
         self._fused, self.not_fused = _find(model, adapter)
-        self._fused_names = {n for layer in self._fused for n in (layer.name_a, layer.name_b)}
         if self.not_fused:
             name, reason = next(iter(self.not_fused.items()))
             _LOGGER.warning(
@@ -55,16 +55,14 @@ class FusedEngine(HookEngine):
         """How many LoRA layers are fused."""
         return len(self._fused)
 
-    def _tapped(self, active: Collection[str]) -> dict[nn.Linear, dict[str, Place]]:
-        return super()._tapped([name for name in active if name not in self._reporting])
-
     @contextlib.contextmanager
     def _listening(self, record_pass: RecordPass) -> Iterator[None]:
         fused = [layer for layer in self._fused if layer.usable()]
-        self._reporting = {name for layer in fused for name in (layer.name_a, layer.name_b)}
-        with super()._listening(record_pass), contextlib.ExitStack() as undo:
+        theirs = {name for layer in fused for name in (layer.name_a, layer.name_b)}
+        with contextlib.ExitStack() as undo:
+            undo.enter_context(self._hooks(record_pass, record_pass.active - theirs))
             for layer in fused:
-                # An instance's attribute comes before its class's method, so this is all it takes.
+                # An instance's attribute comes before its class's method: this is all it takes.
                 layer.layer.__dict__["forward"] = _bind(layer, record_pass)
                 undo.callback(layer.layer.__dict__.pop, "forward", None)
             yield
@@ -84,14 +82,13 @@ def _find(
     names = {id(parameter): name for name, parameter in adapter.items()}
     fused, others = [], {}
     for path, module in model.named_modules():
-        factors = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-        if not all(isinstance(each, nn.ModuleDict) for each in factors):
+        if not all(isinstance(getattr(module, f, None), nn.ModuleDict) for f in _FACTORS):
             continue
         if reason := why_not_fused(module):
             others[path] = reason
             continue
-        key = module.active_adapters[0]
-        name_a, name_b = (names.get(id(each[key].weight), "") for each in factors)
+        layer = FusedLoRA(module, module.active_adapters[0], "", "")
+        name_a, name_b = (names.get(id(each), "") for each in layer.factors)
         if name_a or name_b:
-            fused.append(FusedLoRA(module, key, name_a, name_b))
+            fused.append(dataclasses.replace(layer, name_a=name_a, name_b=name_b))
     return fused, others

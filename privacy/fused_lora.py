@@ -1,15 +1,16 @@
 """A LoRA layer as one operation: no autograd graph for the adapter, no stored temporaries.
 
-PEFT computes ``x W' + s (x A') B'`` (' is the transpose) as five operations, each of which reads and writes the
-activations.  Here the forward is one product with ``W + s B A`` and the backward one product with
-the same matrix, plus the active factor's gradients in closed form: with g the gradient of the
-layer's output, a record's is ``s g' (x A')`` for B and ``s (g B)' x`` for A.  A step on B
-therefore keeps ``x A'``, of width r, and not ``x``.
+PEFT computes ``x W' + s (x A') B'`` (a prime is a transpose) as five operations, each of which
+reads and writes the activations.  Here the forward is one product with ``W + s B A`` and the
+backward one product with the same matrix, plus the active factor's gradients in closed form: with
+g the gradient of the layer's output, a record's is ``s g' (x A')`` for B and ``s (g B)' x`` for A.
+A step on B therefore keeps ``x A'``, of width r, and not ``x``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,14 +42,20 @@ class FusedLoRA:
     name_b: str
 
     @property
+    def factors(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A (r, q) and B (p, r)."""
+        lora = self.layer.lora_A[self.adapter], self.layer.lora_B[self.adapter]
+        return lora[0].weight, lora[1].weight
+
+    @property
     def a(self) -> Tensor:
         """A, (r, q)."""
-        return self.layer.lora_A[self.adapter].weight.detach()  # type: ignore[no-any-return]
+        return self.factors[0].detach()
 
     @property
     def scaled_b(self) -> Tensor:
-        """s B, (p, r)."""
-        return self.layer.lora_B[self.adapter].weight.detach() * self.scaling  # type: ignore[no-any-return]
+        """The factor s B, (p, r)."""
+        return self.factors[1].detach() * self.scaling
 
     @property
     def base(self) -> nn.Linear:
@@ -68,8 +75,8 @@ class FusedLoRA:
         """Compute the layer for inputs (..., q); report to the pass in the backward."""
         trains_a, trains_b = (n in record_pass.active for n in (self.name_a, self.name_b))
         anchor = record_pass.anchor if trains_a or trains_b else None
-        y: Tensor = _FusedLinear.apply(x, anchor, self, record_pass, trains_a, trains_b)
-        return y
+        apply: Callable[..., Tensor] = _FusedLinear.apply
+        return apply(x, anchor, self, record_pass, trains_a, trains_b)
 
 
 def why_not_fused(layer: nn.Module) -> str:
@@ -110,7 +117,7 @@ def why_not_fused(layer: nn.Module) -> str:
 
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         anchor: Tensor | None,
@@ -125,8 +132,8 @@ class _FusedLinear(torch.autograd.Function):
         bias = None if base.bias is None else base.bias.to(dtype)
         merged = _merging_pays(dtype, flat.shape[0], *base.weight.shape)
         with torch.autocast(x.device.type, enabled=False):
-            thin = None if merged and (trains_a or not trains_b) else flat @ a.t()
-            if merged:
+            thin = flat @ a.t() if not merged or (trains_b and not trains_a) else None
+            if thin is None or merged:
                 y = F.linear(flat, torch.addmm(base.weight, scaled_b, a), bias)
             else:
                 y = F.linear(flat, base.weight.to(dtype), bias).addmm_(thin, scaled_b.t())
@@ -139,7 +146,7 @@ class _FusedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, thin = ctx.saved_tensors
         fused: FusedLoRA = ctx.fused
         trains_a, trains_b = ctx.trains
@@ -151,14 +158,13 @@ class _FusedLinear(torch.autograd.Function):
                 # s B A: the factor s of B's gradient is put on its thin side.
                 thin = (flat @ a.t() if thin is None else thin) * fused.scaling
                 _report(ctx, fused.name_b, g, thin)
-            g_b = None
-            if trains_a or not ctx.merged:
-                g_b = F.linear(g, scaled_b.t().contiguous())  # faster than g @ scaled_b
+            # Faster than g @ scaled_b.
+            g_b = F.linear(g, scaled_b.t().contiguous()) if trains_a or not ctx.merged else None
             if trains_a and g_b is not None:
                 _report(ctx, fused.name_a, g_b, flat)
             if not ctx.needs_input_grad[0]:
                 return (None,) * 6
-            if ctx.merged:
+            if g_b is None or ctx.merged:
                 dx = g @ torch.addmm(weight, scaled_b, a)
             else:
                 dx = (g @ weight.to(g.dtype)).addmm_(g_b, a)

@@ -129,19 +129,21 @@ class HookEngine:
         place = self._places[name]
         return torch.zeros_like(place.parameter, dtype=torch.float32, requires_grad=False)
 
-    def _tapped(self, active: Collection[str]) -> dict[nn.Linear, dict[str, Place]]:
-        """The layers that hooks listen to, each with its active tensors."""
-        layers: dict[nn.Linear, dict[str, Place]] = {}
-        for name in active:
-            place = self._places[name]
-            layers.setdefault(place.module, {})[name] = place
-        return layers
-
     @contextlib.contextmanager
     def _listening(self, record_pass: RecordPass) -> Iterator[None]:
+        """Make the layers of the active tensors report."""
+        with self._hooks(record_pass, record_pass.active):
+            yield
+
+    @contextlib.contextmanager
+    def _hooks(self, record_pass: RecordPass, names: Collection[str]) -> Iterator[None]:
+        layers: dict[nn.Linear, dict[str, Place]] = {}
+        for name in names:
+            place = self._places[name]
+            layers.setdefault(place.module, {})[name] = place
         handles = [
             module.register_forward_hook(tapping_hook(record_pass, places))
-            for module, places in self._tapped(record_pass.active).items()
+            for module, places in layers.items()
         ]
         try:
             yield

@@ -54,7 +54,8 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """Squared L2 norm of each record's gradient, (n,)."""
-        return torch.linalg.vector_norm(self._values.flatten(start_dim=1), dim=1).square()
+        norms: Tensor = torch.linalg.vector_norm(self._values.flatten(start_dim=1), dim=1)
+        return norms.square()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
         """``sum_j w_j g_j`` of the kept records."""
@@ -98,7 +99,7 @@ class Sides:
         gram = torch.bmm(g, g.transpose(1, 2)) * torch.bmm(x, x.transpose(1, 2))
         norms = gram.sum(dim=(1, 2)).clamp(min=0).sqrt()
         # T (p + q) <= p q bounds T, and float64's own rounding is far below.
-        magnitude = (g.norm(dim=2) * x.norm(dim=2)).sum(dim=1)
+        magnitude: Tensor = (_lengths(g) * _lengths(x)).sum(dim=1)
         return (norms + _ROUNDING * magnitude).square().float()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -133,6 +134,11 @@ def of_weight(grads: Tensor, inputs: Tensor) -> RecordGradient:
 def of_bias(grads: Tensor) -> RecordGradient:
     """Gradients of a linear layer's bias, from those (n, T, p) of its output."""
     return Rows(grads.sum(dim=1))
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return lengths
 
 
 def _only(kept: Tensor | None, values: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         output: Tensor,
         inputs: Tensor,
@@ -104,7 +104,7 @@ class _Tap(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,) = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             ctx.report(grad, inputs)
@@ -138,8 +138,8 @@ def tap(
             else:
                 record_pass.report_weight(name, grads, inputs)
 
-    tapped: Tensor = _Tap.apply(output, inputs.detach(), record_pass.anchor, report)
-    return tapped
+    apply: Callable[..., Tensor] = _Tap.apply
+    return apply(output, inputs.detach(), record_pass.anchor, report)
 
 
 def tapping_hook(
