@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from privacy import PrivateGradient, StepKind, binomial_low_pass
 from strategies import GradientEnergies, RoundPlan, kind_of
 
+from .trace import MessageTrace
+
 
 class TrainingError(RuntimeError):
     """Training did something that no private step may do."""
@@ -20,6 +22,7 @@ def train_round(
     adapter: Mapping[str, nn.Parameter],
     gradient: PrivateGradient,
     energies: GradientEnergies | None = None,
+    trace: MessageTrace | None = None,
 ) -> dict[str, Tensor]:
     """Take the round's private steps and return the change of the tensors it made active.
 
@@ -33,6 +36,8 @@ def train_round(
         Gives noised gradients.  Everything done with them here is post-processing.
     energies : GradientEnergies, optional
         Is given each step's noised, filtered gradients, from which it makes scores.
+    trace : MessageTrace, optional
+        Is told the time that steps take.
 
     Returns
     -------
@@ -49,16 +54,17 @@ def train_round(
     for step in range(1, plan.local_steps + 1):
         active = plan.active(step, adapter)
         start = _copy(adapter) if step <= 2 else {}  # every pattern of active tensors shows by then
-        released = gradient.step(active, step_kind(active))
-        for name, value in released.items():
-            kind = kind_of(name)
-            if plan.low_pass and (kind == "A" or kind == "B"):
-                value = binomial_low_pass(value, kind)
-            released[name] = adapter[name].grad = value
-        if energies is not None:
-            energies.add(step, {n: v.to("cpu").numpy() for n, v in released.items()})
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)  # frozen tensors are skipped: no gradient at all
+        with (trace or MessageTrace()).span("steps"):
+            released = gradient.step(active, step_kind(active))
+            for name, value in released.items():
+                kind = kind_of(name)
+                if plan.low_pass and (kind == "A" or kind == "B"):
+                    value = binomial_low_pass(value, kind)
+                released[name] = adapter[name].grad = value
+            if energies is not None:
+                energies.add(step, {n: v.to("cpu").numpy() for n, v in released.items()})
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # frozen tensors are skipped: no gradient at all
         if start:
             _check_movement(start, adapter, active, must_move=gradient.plan.is_private)
     uploaded = plan.uploaded(adapter)

@@ -37,12 +37,14 @@ from strategies import (
     receive_adapter,
     update_records,
 )
+from task.backbones import backbone_loads
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
 from .local_training import TrainingError, step_kind, train_round
 from .placement import choose_device, choose_rank
 from .session import open_session
+from .trace import MessageTrace, traced_message
 
 _LOGGER = logging.getLogger(__name__)
 _BUDGET_STATE = "budget"
@@ -80,7 +82,8 @@ def handle_train(message: Message, context: Context) -> Message:
     engines differ in what they keep of ``context.state`` after an exception.
     """
     try:
-        return Message(content=_train(message, context), reply_to=message)
+        with traced_message() as trace:
+            return Message(content=_train(message, context, trace), reply_to=message)
     except Exception as error:
         failure = _failure_of(error)
         # Texts of our own errors quote no record; of any other only type and place are kept.
@@ -98,7 +101,7 @@ def _failure_of(error: Exception) -> ClientFailure:
     return ClientFailure.OUT_OF_MEMORY if memory else ClientFailure.INTERNAL
 
 
-def _train(message: Message, context: Context) -> RecordDict:
+def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDict:
     settings = Settings.from_run_config(context.run_config)
     plan, fingerprint = _unpack(message)
     if plan.scores != "none" and settings.strategy.score != "client":
@@ -110,7 +113,8 @@ def _train(message: Message, context: Context) -> RecordDict:
     except NeedFull:  # nothing was trained, so nothing is charged
         return ask_for_everything(context.state, rank=wire_rank)
     device = choose_device(settings.device, context.node_config)
-    session = open_session(settings, device, rank)
+    with trace.span("session"):
+        session = open_session(settings, device, rank)
     model = session.task_model
     if fingerprint != model.fingerprint:
         raise BackboneDiffers(
@@ -118,12 +122,14 @@ def _train(message: Message, context: Context) -> RecordDict:
             f"{model.fingerprint[:16]}...: the frozen weights (model.name, model.revision, or the "
             "cached embedded backbone) must be the same on all machines"
         )
-    records = load_client_records(
-        settings.data, model.encoder, context.node_config, seed=settings.seed
-    )
-    privacy_plan = PrivacyPlan.for_client(
-        settings.privacy, num_records=len(records), steps=settings.total_steps
-    )
+    with trace.span("records"):
+        records = load_client_records(
+            settings.data, model.encoder, context.node_config, seed=settings.seed
+        )
+    with trace.span("calibration"):
+        privacy_plan = PrivacyPlan.for_client(
+            settings.privacy, num_records=len(records), steps=settings.total_steps
+        )
     model.load_adapter_state({name: torch.from_numpy(value) for name, value in adapter.items()})
     # Charged before the first step: a crash from here on costs budget, never privacy.
     budget = _charge(context, privacy_plan, plan.local_steps)
@@ -133,12 +139,20 @@ def _train(message: Message, context: Context) -> RecordDict:
         len(records),
         lambda indices: model.per_record_losses(records.batch(indices)),
         _source(settings, context, plan.server_round),
+        settings.privacy.max_physical_batch_size,
     )
     kind = step_kind(plan.active(1, model.adapter))
     noise_std = privacy_plan.noise_std(kind) / privacy_plan.expected_batch_size
     energies = GradientEnergies(plan, noise_std) if plan.scores != "none" else None
     with _own_random_state(settings, context, plan.server_round):
-        update = train_round(plan, model.adapter, gradient, energies)
+        update = train_round(plan, model.adapter, gradient, energies, trace)
+    trace.values.update(
+        round=plan.server_round,
+        node=_who(context),
+        steps=gradient.steps_taken,
+        threads=torch.get_num_threads(),
+        backbone_loads=backbone_loads(),
+    )
     metrics = MetricRecord()
     if settings.strategy.weighting == "public-counts":
         metrics[COUNT_KEY] = len(records)

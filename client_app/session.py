@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from federation.settings import Settings
-from privacy import HookEngine, check_engine
+from privacy import GradientEngine, check_engine, make_engine
+from privacy.engines import EngineKind
+from task.backbones import Backbone, load_backbone
 from task.data import num_labels
 from task.model import TaskModel, build_task_model
 from task.settings import LoRASettings, ModelSettings
@@ -26,7 +28,7 @@ class Session:
     """A model on its device, and an engine that was checked on made-up records."""
 
     task_model: TaskModel
-    engine: HookEngine
+    engine: GradientEngine
 
 
 def open_session(settings: Settings, device: torch.device, rank: int = 0) -> Session:
@@ -44,29 +46,53 @@ def open_session(settings: Settings, device: torch.device, rank: int = 0) -> Ses
     return _session(
         settings.model,
         settings.lora.model_copy(update={"r": rank or settings.lora.r}),
+        settings.privacy.engine,
         num_labels(settings.data),
         settings.seed,
         str(device),
     )
 
 
-# One run has one key, but for flex-lora: there a process plays clients of several ranks in turn.
+# One run has one backbone, and one session but for flex-lora: there a process plays clients of
+# several ranks in turn, whose adapters stand on the same tensors.
+@functools.lru_cache(maxsize=1)
+def _backbone(model: ModelSettings, labels: int, seed: int, device: str) -> Backbone:
+    backbone = load_backbone(model, labels, seed=seed)
+    backbone.module.to(device)
+    return backbone
+
+
 @functools.lru_cache(maxsize=4)
 def _session(
-    model: ModelSettings, lora: LoRASettings, labels: int, seed: int, device: str
+    model: ModelSettings,
+    lora: LoRASettings,
+    kind: EngineKind,
+    labels: int,
+    seed: int,
+    device: str,
 ) -> Session:
-    task_model = build_task_model(model, lora, labels, seed=seed).to(device)
-    engine = HookEngine(task_model.model, task_model.adapter)
+    backbone = _backbone(model, labels, seed, device)
+    task_model = build_task_model(model, lora, labels, seed=seed, backbone=backbone).to(device)
+    engine = make_engine(kind, task_model.model, task_model.adapter)
+    # Adapter dropout would draw anew for every pass; without it the check runs as training will.
+    task_model.model.train(not lora.lora_dropout)
     _check(engine, task_model)
     task_model.model.train()
     return Session(task_model, engine)
 
 
-def _check(engine: HookEngine, task_model: TaskModel) -> None:
+def forget() -> None:
+    """Make this process as good as new: for tests, and to measure what sessions save."""
+    _session.cache_clear()
+    _backbone.cache_clear()
+
+
+def _check(engine: GradientEngine, task_model: TaskModel) -> None:
     batch = task_model.made_up_batch(_CHECKED_RECORDS)
 
     def losses(rows: slice) -> Tensor:
-        return task_model.per_record_losses({name: value[rows] for name, value in batch.items()})
+        # In half precision a record's gradient rounds otherwise in a batch than alone.
+        part = {name: value[rows] for name, value in batch.items()}
+        return task_model.per_record_losses(part, full_precision=True)
 
-    task_model.model.eval()  # dropout would draw anew for every pass
     check_engine(engine, task_model.adapter, losses, _CHECKED_RECORDS)

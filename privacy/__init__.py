@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
     from .budget import BudgetExhausted, StepBudget
     from .clipping import clip_and_sum, joint_norms
+    from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
     from .hook_engine import HookEngine
@@ -36,6 +37,7 @@ _HOMES = {
     "BudgetExhausted": "budget",
     "EngineError": "guards",
     "FusedEngine": "fused_engine",
+    "GradientEngine": "engines",
     "HookEngine": "hook_engine",
     "PoissonSampler": "sampling",
     "PrivacyPlan": "plan",
@@ -54,6 +56,7 @@ _HOMES = {
     "coins": "randomness",
     "cross_check": "accounting",
     "joint_norms": "clipping",
+    "make_engine": "engines",
     "per_record_gradients_by_autograd": "autograd_reference",
     "pld_epsilon": "accounting",
     "privatize": "mechanism",
@@ -67,6 +70,7 @@ __all__ = [
     "BudgetExhausted",
     "EngineError",
     "FusedEngine",
+    "GradientEngine",
     "HookEngine",
     "PoissonSampler",
     "PrivacyPlan",
@@ -85,6 +89,7 @@ __all__ = [
     "coins",
     "cross_check",
     "joint_norms",
+    "make_engine",
     "per_record_gradients_by_autograd",
     "pld_epsilon",
     "privatize",

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .plan import PrivacyPlan, StepKind
 from .randomness import RandomSource, standard_normal
 from .sampling import PoissonSampler
-
-Losses = Callable[[npt.NDArray[np.int64]], Tensor]
-
-
-class ClippingEngine(Protocol):
-    """Gives clipped sums; see :class:`~privacy.hook_engine.HookEngine`."""
-
-    def clipped_sum(
-        self,
-        active: Sequence[str],
-        losses: Callable[[], Tensor],
-        num_records: int,
-        max_grad_norm: float,
-    ) -> dict[str, Tensor]:
-        """Sum of per-record gradients, each clipped to ``max_grad_norm``."""
-        ...
+from .virtual_batches import ClippingEngine, Losses, clipped_sum_in_parts
 
 
 def privatize(
@@ -86,6 +68,8 @@ class PrivateGradient:
         Never called with an empty batch.
     source : RandomSource
         Coins and noise.
+    max_physical_batch_size : int (default: 0)
+        Most records in the model at once; 0: the whole batch.
 
     Attributes
     ----------
@@ -100,12 +84,14 @@ class PrivateGradient:
         num_records: int,
         losses: Losses,
         source: RandomSource,
+        max_physical_batch_size: int = 0,
     ) -> None:
         self.plan = plan
         self.steps_taken = 0
         self._engine = engine
         self._losses = losses
         self._source = source
+        self._max_physical_batch_size = max_physical_batch_size
         self._sampler = PoissonSampler(plan, num_records, source)
 
     def step(self, active: Sequence[str], kind: StepKind) -> dict[str, Tensor]:
@@ -127,8 +113,13 @@ class PrivateGradient:
         charges the steps before the first call.
         """
         indices = self._sampler.draw()
-        sums = self._engine.clipped_sum(
-            active, lambda: self._losses(indices), len(indices), self.plan.clip_norm(kind)
+        sums = clipped_sum_in_parts(
+            self._engine,
+            active,
+            self._losses,
+            indices,
+            self.plan.clip_norm(kind),
+            self._max_physical_batch_size,
         )
         released = privatize(sums, self.plan, kind, self._source)
         self.steps_taken += 1

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Rounding of a sum of products in float32, relative to the sum of their magnitudes.
-_ROUNDING = 2.0**-22
+# Rounding in float32: a sum of T products is off by (T + 3) times this at most, relative to the sum
+# of their magnitudes.
+_ROUNDING = 2.0**-24
 
 
 class RecordGradient(Protocol):
@@ -100,7 +101,7 @@ class Sides:
         norms = gram.sum(dim=(1, 2)).clamp(min=0).sqrt()
         # T (p + q) <= p q bounds T, and float64's own rounding is far below.
         magnitude: Tensor = (_lengths(g) * _lengths(x)).sum(dim=1)
-        return (norms + _ROUNDING * magnitude).square().float()
+        return (norms + (g.shape[1] + 3) * _ROUNDING * magnitude).square().float()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
         """``sum_j w_j g_j`` of the kept records."""

@@ -60,8 +60,17 @@ class PrivacySettings(BaseModel):
         "The rate is stated to the server and tells the record count, which this declares public. "
         "0: by sample-rate.",
     )
-    engine: Literal["hooks"] = Field(
-        default="hooks", description="How per-example gradients are computed."
+    engine: Literal["fused", "hooks", "opacus"] = Field(
+        default="fused",
+        description="How per-example gradients are computed. fused: each LoRA layer as one "
+        "operation; hooks: PEFT's layers with hooks; opacus: Opacus's hooks (not for models that "
+        "reshape the batch, such as Swin). All give the same clipped sums.",
+    )
+    max_physical_batch_size: int = Field(
+        default=64,
+        ge=0,
+        description="Most records in the model at once: a larger Poisson batch is computed in "
+        "parts, which changes neither sampling nor clipping nor noise. 0: no limit.",
     )
     insecure_test_seed: int = Field(
         default=-1,

@@ -73,7 +73,10 @@ def wrap_with_lora(backbone: Backbone, settings: LoRASettings, *, seed: int) -> 
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             generator = seeded_generator(seed, name)
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            start = torch.empty(parameter.shape)  # drawn on the CPU: the same on every device
+            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                parameter.copy_(start)
         elif ".lora_B." in name:
             nn.init.zeros_(parameter)
     return cast("PeftModel", model)

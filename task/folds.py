@@ -274,7 +274,8 @@ def _write(weight: nn.Parameter, pristine: Tensor, scaling: float, terms: list[T
             value = pristine.to(weight.device, torch.float32)
         for _, b, a in terms:
             value = value + scaling * (b.to(weight.device) @ a.to(weight.device))
-        weight.copy_(value)
+        # Another tensor, not other values: other sessions of this process may share the old one.
+        weight.data = value.to(weight.device, weight.dtype)
 
 
 def _compress(name: str, b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .adapters import adapter_parameters, is_lora, wrap_with_lora
-from .backbones import load_backbone
+from .backbones import Backbone, load_backbone
 from .encoders import Encoder
 from .errors import ModelError
 from .folds import Folds, is_fold
@@ -44,6 +44,8 @@ class TaskModel:
     fingerprint : str
         SHA-256 (hex) of the frozen weights; equal on all machines that hold the same backbone.
         Folds do not change it.
+    precision : {"float32", "bfloat16"}
+        What :meth:`per_record_losses` computes in; weights are float32 in any case.
     folds : Folds
         What :meth:`set_folds` set, not an argument.
     """
@@ -53,6 +55,7 @@ class TaskModel:
     num_labels: int
     encoder: Encoder
     fingerprint: str
+    precision: Literal["float32", "bfloat16"] = "float32"
     folds: Folds = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -75,10 +78,18 @@ class TaskModel:
             return self.model(inputs["pixel_values"])  # type: ignore[no-any-return]
         return self.model(**inputs).logits  # type: ignore[no-any-return]
 
-    def per_record_losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return each record's own cross entropy in nats: float32 (n,), never averaged."""
+    def per_record_losses(
+        self, batch: Mapping[str, Tensor], *, full_precision: bool = False
+    ) -> Tensor:
+        """Return each record's own cross entropy in nats: float32 (n,), never averaged.
+
+        The model runs in :attr:`precision`, or in float32 with ``full_precision``.
+        """
         labels = batch["labels"].to(self.device)
-        return F.cross_entropy(self.logits(batch).float(), labels, reduction="none")
+        low = self.precision == "bfloat16" and not full_precision
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
+            logits = self.logits(batch)
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def made_up_batch(self, n: int, seed: int = 0) -> dict[str, Tensor]:
         """Return ``n`` random public records with labels, on the CPU, for self-checks."""
@@ -186,7 +197,12 @@ class TaskModel:
 
 
 def build_task_model(
-    model: ModelSettings, lora: LoRASettings, num_labels: int, *, seed: int
+    model: ModelSettings,
+    lora: LoRASettings,
+    num_labels: int,
+    *,
+    seed: int,
+    backbone: Backbone | None = None,
 ) -> TaskModel:
     """Build the model of a run; equal arguments give equal models on every machine.
 
@@ -200,11 +216,15 @@ def build_task_model(
         Number of classes, at least 2.
     seed : int
         Seed of the adapters' and the head's start. It is public.
+    backbone : Backbone, optional
+        What :func:`~task.backbones.load_backbone` gave for these arguments; its tensors are
+        shared, its module is left alone. Not given: it is loaded.
 
     Returns
     -------
     TaskModel
-        On the CPU, in train mode as PEFT leaves it, without gradients.
+        Where the backbone is (a loaded one: the CPU), in train mode as PEFT leaves it, without
+        gradients.
 
     Raises
     ------
@@ -213,7 +233,7 @@ def build_task_model(
     """
     if num_labels < 2:
         raise ModelError(f"the model needs at least 2 classes, got {num_labels}")
-    backbone = load_backbone(model, num_labels, seed=seed)
+    backbone = backbone.share() if backbone else load_backbone(model, num_labels, seed=seed)
     fingerprint = backbone.fingerprint()
     peft_model = wrap_with_lora(backbone, lora, seed=seed)
     return TaskModel(
@@ -222,6 +242,7 @@ def build_task_model(
         num_labels=num_labels,
         encoder=backbone.encoder,
         fingerprint=fingerprint,
+        precision=model.precision,
     )
 
 

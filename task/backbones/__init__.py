@@ -8,10 +8,17 @@ from ..settings import ModelSettings
 from ..torchvision_ops import declare_missing_torchvision_ops
 from .backbone import Backbone
 
-__all__ = ["Backbone", "load_backbone"]
+__all__ = ["Backbone", "backbone_loads", "load_backbone"]
 
 # Before anything imports timm or PEFT: both reach torchvision, PEFT by way of transformers.
 declare_missing_torchvision_ops()
+
+_loads = 0
+
+
+def backbone_loads() -> int:
+    """How often this process has loaded a backbone: once, if nothing is wasted."""
+    return _loads
 
 
 def load_backbone(settings: ModelSettings, num_labels: int, *, seed: int) -> Backbone:
@@ -38,6 +45,8 @@ def load_backbone(settings: ModelSettings, num_labels: int, *, seed: int) -> Bac
     ModelError
         If it cannot be loaded, has pickled weights only, lacks weights, or mixes records.
     """
+    global _loads
+    _loads += 1
     with torch.random.fork_rng(devices=[]):
         if settings.source == "transformers":
             from .text import load_text_backbone
@@ -48,4 +57,6 @@ def load_backbone(settings: ModelSettings, num_labels: int, *, seed: int) -> Bac
 
             backbone = load_image_backbone(settings, num_labels)
     backbone.prepare(seed=seed, trained_head=settings.head == "train")
+    if settings.gradient_checkpointing:
+        backbone.checkpoint_gradients()
     return backbone

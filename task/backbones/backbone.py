@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +63,37 @@ class Backbone:
             entry for name in self.heads for entry in _layers(self.module.get_submodule(name), name)
         ]
         _start_head(layers, seed, trained_head)
+
+    def checkpoint_gradients(self) -> None:
+        """Make training keep each block's input only and compute the rest of it again.
+
+        Raises
+        ------
+        ModelError
+            If the model cannot do so.
+        """
+        module: Any = self.module
+        if getattr(module, "supports_gradient_checkpointing", False):  # transformers
+            # The re-entrant kind would run blocks without the graph that engines listen to.
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+        elif hasattr(module, "set_grad_checkpointing"):  # timm
+            module.set_grad_checkpointing(True)
+        else:
+            raise ModelError(
+                f"model.gradient-checkpointing: {type(module).__name__} does not support it; "
+                "accepted is false"
+            )
+
+    def share(self) -> Backbone:
+        """Return a backbone whose module is another one, but whose tensors are these.
+
+        Layers can be wrapped or replaced in it without a trace here.
+        """
+        memo: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()
+        }
+        memo |= {id(buffer): buffer for buffer in self.module.buffers()}
+        return replace(self, module=copy.deepcopy(self.module, memo))
 
     def in_head(self, name: str) -> bool:
         """Tell whether a parameter or module called ``name`` belongs to the head."""

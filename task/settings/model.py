@@ -47,6 +47,17 @@ class ModelSettings(Settings):
         "models only.",
     )
 
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each block's activations again in the backward pass instead of "
+        "keeping them: a third more time, a fraction of the memory.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="bfloat16: training runs under autocast, for GPUs with tensor cores. Clipping "
+        "and noise are float32 in any case, and so is the server's evaluation.",
+    )
+
     @model_validator(mode="after")
     def _name_fits_source(self) -> Self:
         if self.source == "embedded":

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
-from client_app.session import _session
+from client_app.session import forget
 from federation.messages import FINGERPRINT_KEY
 from federation.settings import Settings
 from strategies import ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
@@ -68,7 +68,7 @@ def everything(arrays: ArrayRecord) -> ConfigRecord:
 
 def forget_process() -> None:
     """Make this process as good as new."""
-    _session.cache_clear()
+    forget()
     simulation_cache.clear()
 
 

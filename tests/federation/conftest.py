@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from client_app.round_handler import handle_train
-from client_app.session import _session
+from client_app.session import forget
 from federation.run_files import RunFolder
 from federation.settings import Settings
 from server_app.federation_run import run_federation
@@ -36,7 +36,7 @@ def runs(tmp_path: Path) -> Path:
 def federate(tiny: RunConfig, runs: Path) -> Federate:
     """Run a federation; ``handlers`` replaces the three honest clients, ``grid_type`` the grid."""
     simulation_cache.clear()
-    _session.cache_clear()
+    forget()
     ids = itertools.count(7)
 
     def run(handlers=None, *, grid_type=FakeGrid, run_id: int | None = None, **changes):

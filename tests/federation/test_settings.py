@@ -110,7 +110,7 @@ def test_settings_cannot_be_changed_afterwards():
         ("privacy.max-grad-norm", math.inf, "finite"),
         ("privacy.sample-rate", 1.2, "less than or equal to 1"),
         ("privacy.insecure-test-seed", -2, "greater than or equal to -1"),
-        ("privacy.engine", "opacus", "'hooks'"),
+        ("privacy.engine", "ghost", "'hooks'"),
         ("model.source", "torch", "'timm'"),
         ("lora.r", 0, "greater than or equal to 1"),
         ("lora.lora-dropout", 1.0, "less than 1"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from client_app.round_handler import handle_train
-from client_app.session import _session
+from client_app.session import forget
 from federation.settings import Settings
 from server_app.federation_run import run_federation
 from tests import models
@@ -45,7 +45,7 @@ def csv_config(tmp_path):
 
 
 def test_a_csv_of_two_columns_trains_a_text_model(csv_config):
-    _session.cache_clear()
+    forget()
     grid = FakeGrid([handle_train] * 3, csv_config)
     folder = run_federation(grid, Settings.from_run_config(csv_config), run_id=1)
     result = folder.read_result()
