@@ -178,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", action="append", default=[], help="further settings, as flwr run -c"
     )
     parser.add_argument("--output-dir", default=str(ROOT / "runs"), help="where runs are kept")
+    parser.add_argument("--app", default=str(ROOT), help="the Flower app's folder (default: this)")
     return parser
 
 
@@ -214,7 +215,7 @@ def _run(
     )
     with simulation_superlink(home, environment) as connection:
         command = [
-            *(str(flower_executable("flwr")), "run", str(ROOT), connection, "--stream"),
+            *(str(flower_executable("flwr")), "run", options.app, connection, "--stream"),
             *("--federation-config", simulation_config(options.clients, _count_gpus())),
             *("-c", " ".join(f"{key}={_toml(value)}" for key, value in overrides.items())),
         ]
