@@ -1,4 +1,4 @@
-"""Which device a client computes on, and with adapters of which rank."""
+"""Which device a client computes on, with how many threads, and with adapters of which rank."""
 
 from __future__ import annotations
 
@@ -46,6 +46,31 @@ def choose_device(wanted: str, node_config: Mapping[str, Value]) -> torch.device
             + "".join(f", cuda:{n}" for n in range(count))
         )
     return torch.device(device)
+
+
+def set_threads(node_config: Mapping[str, Value]) -> int:
+    """Let torch use as many CPU threads as the site says; return how many it uses.
+
+    Parameters
+    ----------
+    node_config : mapping
+        The site's own ``threads``, for a machine on which other things run, too.  Without it
+        torch's own number stays: all cores, or in simulation the cores that Ray gives a worker
+        (it sets ``OMP_NUM_THREADS``), so that workers do not fight over them.
+
+    Raises
+    ------
+    SettingsError
+        If ``threads`` is not a whole number from 1 on.
+    """
+    wanted = node_config.get("threads")
+    if wanted is not None:
+        if type(wanted) is not int or wanted < 1:
+            raise SettingsError(
+                f"node config threads: got {wanted!r}; accepted is a whole number of 1 or more"
+            )
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
 
 
 def choose_rank(settings: Settings, node_config: Mapping[str, Value]) -> int:

@@ -42,7 +42,7 @@ from task.data import load_client_records
 from task.errors import DataError, ModelError
 
 from .local_training import TrainingError, step_kind, train_round
-from .placement import choose_device, choose_rank
+from .placement import choose_device, choose_rank, set_threads
 from .session import open_session
 from .trace import MessageTrace, traced_message
 
@@ -113,6 +113,7 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     except NeedFull:  # nothing was trained, so nothing is charged
         return ask_for_everything(context.state, rank=wire_rank)
     device = choose_device(settings.device, context.node_config)
+    threads = set_threads(context.node_config)
     with trace.span("session"):
         session = open_session(settings, device, rank)
     model = session.task_model
@@ -150,7 +151,7 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
         round=plan.server_round,
         node=_who(context),
         steps=gradient.steps_taken,
-        threads=torch.get_num_threads(),
+        threads=threads,
         backbone_loads=backbone_loads(),
     )
     metrics = MetricRecord()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .hook_engine import HookEngine
     from .low_pass import binomial_low_pass
     from .mechanism import PrivateGradient, privatize
+    from .opacus_engine import OpacusEngine
     from .plan import PrivacyPlan, StepKind
     from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
     from .sampling import PoissonSampler
@@ -39,6 +40,7 @@ _HOMES = {
     "FusedEngine": "fused_engine",
     "GradientEngine": "engines",
     "HookEngine": "hook_engine",
+    "OpacusEngine": "opacus_engine",
     "PoissonSampler": "sampling",
     "PrivacyPlan": "plan",
     "PrivacySettings": "settings",
@@ -72,6 +74,7 @@ __all__ = [
     "FusedEngine",
     "GradientEngine",
     "HookEngine",
+    "OpacusEngine",
     "PoissonSampler",
     "PrivacyPlan",
     "PrivacySettings",

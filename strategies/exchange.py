@@ -25,6 +25,9 @@ _UNREADABLE = (
     DecodeError,
 )
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
+# Each look costs a request per open message, so a few nodes are asked more often than many: a
+# round that waited for its next look after the last reply would leave every node idle.
+_PAUSE_PER_MESSAGE = 0.02
 
 
 def exchange(
@@ -77,7 +80,8 @@ def exchange(
                 del reply, again
         if late:
             return
-        pause = _SHORTEST_PAUSE if progress else min(1.5 * pause, _LONGEST_PAUSE)
+        longest = min(max(0.25, _PAUSE_PER_MESSAGE * len(open_ids)), _LONGEST_PAUSE)
+        pause = _SHORTEST_PAUSE if progress else min(1.5 * pause, longest)
         if not progress:
             left = pause if end is None else end - time.monotonic()
             time.sleep(max(0.0, min(pause, left)))

@@ -103,7 +103,7 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
     assert {name.rsplit("/", 1)[0] for name in files} == {"dp_lora/strategies", "dp_lora/privacy"}
     code = (
         "from dp_lora.strategies import LALoRA, RoundPlan; "
-        "from dp_lora.privacy import HookEngine, PrivacyPlan, PrivateGradient, check_engine; "
+        "from dp_lora.privacy import FusedEngine, PrivacyPlan, PrivateGradient, check_engine; "
         "print(LALoRA().plan(1).mode, PrivateGradient.__module__)"
     )
     done = subprocess.run(

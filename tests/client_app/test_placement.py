@@ -1,11 +1,11 @@
-"""Which device a client computes on, with GPUs that are not there."""
+"""Which device a client computes on, with GPUs that are not there, and how many threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from client_app.placement import choose_device
+from client_app.placement import choose_device, set_threads
 from federation.settings import SettingsError
 
 
@@ -90,3 +90,24 @@ def test_a_share_of_the_second_gpu_is_cuda_0_of_its_worker(gpus, monkeypatch):
 def test_a_worker_without_a_share_computes_on_the_cpu(gpus):
     gpus(0)
     assert choose_device("auto", {"partition-id": 0, "num-partitions": 2}) == torch.device("cpu")
+
+
+# How many threads.
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_site_says_how_many_threads(threads):
+    assert set_threads({"threads": 1}) == torch.get_num_threads() == 1
+    assert set_threads({}) == 1  # torch's own number stays
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
+def test_threads_that_cannot_be_are_refused(threads, wrong):
+    with pytest.raises(SettingsError, match="node config threads: got"):
+        set_threads({"threads": wrong})
