@@ -25,9 +25,9 @@ _UNREADABLE = (
     DecodeError,
 )
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.05, 3.0
-# Each look costs a request per open message, so a few nodes are asked more often than many: a
-# round that waited for its next look after the last reply would leave every node idle.
-_PAUSE_PER_MESSAGE = 0.02
+# A round that waits for its next look after the last reply leaves every node idle, and each look
+# costs a request per open message: so a hundredth of the round so far, more for many nodes.
+_PAUSE_OF_ELAPSED, _PAUSE_PER_MESSAGE, _LONG_PAUSE_FROM = 0.01, 0.002, 0.25
 
 
 def exchange(
@@ -58,7 +58,8 @@ def exchange(
         Take replies in the order of the messages and not as they come, so that sums over them
         have the same bits in every run.  Slow: all wait for the slowest.
     """
-    end = None if timeout is None else time.monotonic() + timeout
+    start = time.monotonic()
+    end = None if timeout is None else start + timeout
     open_ids = dict.fromkeys(_push(grid, messages))
     del messages  # the tensors in them are not needed while replies come in
     pause = _SHORTEST_PAUSE
@@ -80,11 +81,16 @@ def exchange(
                 del reply, again
         if late:
             return
-        longest = min(max(0.25, _PAUSE_PER_MESSAGE * len(open_ids)), _LONGEST_PAUSE)
-        pause = _SHORTEST_PAUSE if progress else min(1.5 * pause, longest)
+        pause = _SHORTEST_PAUSE if progress else min(1.5 * pause, _longest(start, open_ids))
         if not progress:
             left = pause if end is None else end - time.monotonic()
             time.sleep(max(0.0, min(pause, left)))
+
+
+def _longest(start: float, open_ids: dict[str, None]) -> float:
+    elapsed = time.monotonic() - start
+    wanted = (_PAUSE_OF_ELAPSED * elapsed, _PAUSE_PER_MESSAGE * len(open_ids), _LONG_PAUSE_FROM)
+    return min(max(wanted), _LONGEST_PAUSE)
 
 
 def _pull(grid: Grid, message_id: str, open_ids: dict[str, None]) -> Iterable[Message]:

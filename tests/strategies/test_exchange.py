@@ -155,14 +155,25 @@ def test_without_a_timeout_the_slowest_is_waited_for(clock):
 def test_waiting_is_neither_busy_nor_sleepy(clock):
     grid = TimedGrid(clock, {1: 600.0})
     assert nodes_of(exchange(grid, ask(1), timeout=3600, follow_up=none)) == [1]
-    assert grid.pulls < 230  # about one look in three seconds
+    assert grid.pulls < 500  # a look per hundredth of the time so far, then one in three seconds
     assert max(clock.sleeps) <= 3.0
     assert min(clock.sleeps) >= 0.05
     assert clock.now - grid.start < 604.0
+    clock.sleeps.clear()
+    grid = TimedGrid(clock, {1: 40.0})
+    assert nodes_of(exchange(grid, ask(1), timeout=3600, follow_up=none)) == [1]
+    assert clock.now - grid.start < 40.0 * 1.01
+
+
+def test_many_nodes_are_asked_less_often(clock):
+    grid = TimedGrid(clock, dict.fromkeys(range(1, 1001), 60.0))
+    replies = exchange(grid, ask(*range(1, 1001)), timeout=3600, follow_up=none)
+    assert len(nodes_of(replies)) == 1000
+    assert 2.0 <= max(clock.sleeps) <= 3.0
 
 
 def test_waiting_starts_short_again_after_a_reply(clock):
-    grid = TimedGrid(clock, {1: 100.0, 2: 105.0})
+    grid = TimedGrid(clock, {1: 500.0, 2: 505.0})
     assert nodes_of(exchange(grid, ask(1, 2), timeout=3600, follow_up=none)) == [1, 2]
     assert clock.sleeps.count(3.0) > 10
     assert clock.sleeps.count(clock.sleeps[0]) == 2
