@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -75,7 +76,11 @@ def machine() -> str:
     parts = [f"{os.cpu_count()} cores", platform.machine(), *_cpu_model()]
     threads = os.environ.get("OMP_NUM_THREADS", "")
     threads = f"OMP_NUM_THREADS={threads}" if threads else f"{os.cpu_count()} threads"
-    parts += [f"Python {platform.python_version()}", f"numpy {np.__version__}", threads]
+    parts += [f"Python {platform.python_version()}", f"numpy {np.__version__}"]
+    # By its metadata: most benchmarks do not load torch.
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        parts.append(f"torch {importlib.metadata.version('torch')}")
+    parts.append(threads)
     return ", ".join(parts)
 
 

@@ -212,12 +212,13 @@ def table(rows: Rows, bars: Bars) -> str:
         first = next(r for r in rows if r["app"] == app and r["federation"] == name)
 
         def middle(key: str, of: Rows = of) -> float:
-            return statistics.median(row[key] for row in of)
+            return float(statistics.median(row[key] for row in of))
 
         shares = [row["efficiency"] for row in of]
         lines.append(
             f"| {name} | {app} | {len(of)} | {middle('seconds'):.2f} "
-            f"| {middle('core_seconds'):.2f} | {middle('steps_seconds'):.2f} | {middle('steps_cpu_seconds'):.2f} "
+            f"| {middle('core_seconds'):.2f} | {middle('steps_seconds'):.2f} "
+            f"| {middle('steps_cpu_seconds'):.2f} "
             f"| {statistics.median(shares):.3f} | {min(shares):.3f}, {max(shares):.3f} "
             f"| {middle('session_seconds'):.2f} | {middle('records_seconds'):.2f} "
             f"| {middle('calibration_seconds'):.2f} | {first['seconds']:.2f} "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +92,7 @@ class PeftArm(Arm):
 
     def step(self) -> None:
         """Forward, backward, update."""
-        self._subject.losses(self._subject.model, self._records).mean().backward()
+        _backward(self._subject.losses(self._subject.model, self._records).mean())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -99,7 +101,7 @@ class PeftArm(Arm):
         if max_grad_norm != float("inf"):
             raise ValueError("the step without privacy does not clip")
         self.prepare()
-        self._subject.losses(self._subject.model, self._records).mean().backward()
+        _backward(self._subject.losses(self._subject.model, self._records).mean())
         total = {name: self._records * _gradient(self._parameters[name]) for name in self.active}
         self.prepare()
         return total
@@ -178,17 +180,18 @@ class OpacusArm(Arm):
 
     def step(self) -> None:
         """Forward, backward with per-record gradients, clip, noise, update."""
-        self._losses().sum().backward()
+        _backward(self._losses().sum())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
     def summed(self, max_grad_norm: float) -> dict[str, Tensor]:
         """Opacus' own clipped sum."""
         self.prepare()
-        self._losses().sum().backward()
+        _backward(self._losses().sum())
         self._optimizer.max_grad_norm = max_grad_norm
         self._optimizer.clip_and_accumulate()
-        total = {name: self._parameters[name].summed_grad.clone() for name in self.active}
+        parameters: Mapping[str, Any] = self._parameters
+        total = {name: parameters[name].summed_grad.clone() for name in self.active}
         self._optimizer.max_grad_norm = MAX_GRAD_NORM
         self._optimizer.zero_grad(set_to_none=True)
         return total
@@ -204,7 +207,7 @@ class FloorArm(Arm):
 
     def step(self) -> None:
         """Forward, and backward to the first block's input."""
-        self._subject.losses(self._backbone, self._records).mean().backward()
+        _backward(self._subject.losses(self._backbone, self._records).mean())
 
 
 def names_for(subject_suits_opacus: bool) -> list[str]:
@@ -230,3 +233,10 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         raise StepError("autograd formed no gradient")
     return parameter.grad.detach().clone()
+
+
+def _backward(loss: Tensor) -> None:
+    with warnings.catch_warnings():
+        # Opacus' hook on the first layers, whose input needs no gradient, which is right here.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        loss.backward()  # type: ignore[no-untyped-call]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,10 +143,9 @@ class Subject:
         """Cross entropy of each of the first records, (records,)."""
         values = {name: each[:records] for name, each in self._inputs.items()}
         with self._precision():
-            if self.spec.of_images:
-                logits = model(values["pixels"])
-            else:
-                logits = model(**values).logits
+            # timm's models take the pixels and give logits, transformers' take names and give more.
+            images = self.spec.of_images
+            logits = model(*values.values()) if images else model(**values).logits
             losses: Tensor = F.cross_entropy(logits, self._labels[:records], reduction="none")
         return losses
 
@@ -173,7 +173,7 @@ def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Any:
+def _seeded(seed: int) -> Iterator[None]:
     # Everything is drawn on the CPU, so that devices start from the same numbers.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -213,7 +213,9 @@ def _with_adapter(backbone: nn.Module, spec: ModelSpec) -> Any:
         target_modules=list(spec.targets),
         modules_to_save=[_HEADS[spec.family]],
     )
-    model: Any = get_peft_model(backbone, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about what transformers renames
+        model: Any = get_peft_model(backbone, config)
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=_B_STD)

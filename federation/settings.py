@@ -91,6 +91,11 @@ class Settings(BaseModel):
                 "lora.client-ranks belongs to strategy.method = 'flex-lora', got "
                 f"{self.strategy.method!r}: accepted with it is an empty text"
             )
+        if self.privacy.engine == "opacus" and self.model.gradient_checkpointing:
+            raise ValueError(
+                "privacy.engine = 'opacus' cannot follow model.gradient-checkpointing = true; "
+                "accepted with it: 'fused' or 'hooks'"
+            )
         if self.strategy.early_stopping_patience and not self.data.validation_fraction:
             raise ValueError(
                 "strategy.early-stopping-patience needs public records that the result is not "

@@ -10,13 +10,15 @@ Opacus's GDP accountant is not offered: its central-limit approximation reports 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import warnings
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
-from opacus.accountants import PRVAccountant, RDPAccountant
 from scipy.optimize import brentq
+
+from . import calibration_cache
 
 # Grid of the privacy loss.  The coarse one is for searching; both round pessimistically.
 _SEARCH_INTERVAL = 1e-3
@@ -27,6 +29,10 @@ SMALLEST_NOISE_MULTIPLIER = 0.15
 LARGEST_NOISE_MULTIPLIER = 1e5
 # Two accountants may differ by this much, relative, plus PRV's own stated error.
 _AGREEMENT = 0.02
+# To be raised with any change that calibration's answer depends on: kept answers are then void.
+_ALGORITHM = 1
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class AccountingError(ValueError):
@@ -119,6 +125,9 @@ def prv_epsilon(
     _check(sample_rate, noise_multiplier, steps, delta)
     if steps == 0:
         return 0.0
+    # Here, because a process that finds its calibration on disk never needs it.
+    from opacus.accountants import PRVAccountant
+
     accountant = PRVAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     # It sizes its domain by RDP at few orders, whose warnings do not concern the bound, and at
@@ -136,6 +145,8 @@ def rdp_epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delt
     _check(sample_rate, noise_multiplier, steps, delta)
     if steps == 0:
         return 0.0
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = [(noise_multiplier, sample_rate, steps)]
     return float(accountant.get_epsilon(delta))
@@ -199,12 +210,77 @@ def calibrate_noise_multiplier(
     ------
     AccountingError
         If the budget cannot be met by any noise multiplier up to 1e5, or accountants disagree.
+
+    Notes
+    -----
+    The search takes seconds, so its answer is kept on disk for later processes
+    (:mod:`privacy.calibration_cache`).  What is kept was cross-checked when it was found; when it
+    is read, the PLD epsilon must be within the budget again, else the search runs anew.
     """
     if steps < 1:
         raise AccountingError(f"steps must be >= 1, got {steps}")
+    inputs: dict[str, str | int] = {
+        "algorithm": _ALGORITHM,
+        "target-epsilon": float(target_epsilon).hex(),
+        "target-delta": float(target_delta).hex(),
+        "sample-rate": float(sample_rate).hex(),
+        "steps": int(steps),
+    }
+    wishes = {
+        "target_epsilon": target_epsilon,
+        "target_delta": target_delta,
+        "sample_rate": sample_rate,
+    }
+    kept = calibration_cache.load(
+        inputs, smallest=SMALLEST_NOISE_MULTIPLIER, largest=LARGEST_NOISE_MULTIPLIER
+    )
+    if kept is not None:
+        if _meets_budget(kept, steps=steps, **wishes):
+            return kept
+        _LOGGER.warning("a kept noise multiplier does not meet its budget and is computed anew")
+    noise_multiplier = _search_noise_multiplier(steps=steps, **wishes)
+    calibration_cache.store(inputs, noise_multiplier)
+    return noise_multiplier
 
+
+def _search_interval(target_epsilon: float) -> float:
     # A coarse grid costs a small epsilon more than it does a large one.
-    search_interval = min(_SEARCH_INTERVAL, max(_FINAL_INTERVAL, target_epsilon / 4000))
+    return min(_SEARCH_INTERVAL, max(_FINAL_INTERVAL, target_epsilon / 4000))
+
+
+def _meets_budget(
+    noise_multiplier: float,
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+) -> bool:
+    """Whether a noise multiplier keeps the budget, mostly by one evaluation on the coarse grid."""
+    # Either grid gives an upper bound, so either may say yes.  The search ends within 1e-5 of the
+    # budget on the coarse one: what is far off there was never its answer.
+    for interval in (_search_interval(target_epsilon), _FINAL_INTERVAL):
+        try:
+            epsilon = pld_epsilon(
+                sample_rate=sample_rate,
+                noise_multiplier=noise_multiplier,
+                steps=steps,
+                delta=target_delta,
+                interval=interval,
+            )
+        except (ArithmeticError, ValueError, MemoryError):
+            return False
+        if epsilon <= target_epsilon:
+            return True
+        if not epsilon <= 1.01 * target_epsilon:
+            return False
+    return False
+
+
+def _search_noise_multiplier(
+    *, target_epsilon: float, target_delta: float, sample_rate: float, steps: int
+) -> float:
+    search_interval = _search_interval(target_epsilon)
 
     def spent(noise_multiplier: float, interval: float = search_interval) -> float:
         return pld_epsilon(

@@ -68,8 +68,10 @@ class FusedLoRA:
         return float(self.layer.scaling[self.adapter])
 
     def usable(self) -> bool:
-        """Whether PEFT would compute the plain adapter now: neither merged nor switched off."""
-        return not (self.layer.merged or self.layer.disable_adapters)
+        """Whether PEFT would compute this plain adapter now; models change between steps."""
+        if self.layer.merged or self.layer.disable_adapters:
+            return False
+        return list(self.layer.active_adapters) == [self.adapter] and not why_not_fused(self.layer)
 
     def forward(self, record_pass: RecordPass, x: Tensor) -> Tensor:
         """Compute the layer for inputs (..., q); report to the pass in the backward."""

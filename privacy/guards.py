@@ -65,6 +65,22 @@ def locate_linear_parameters(
     return places
 
 
+def refuse_trainable(model: nn.Module) -> None:
+    """Refuse parameters that require gradients: autograd would leave raw sums in ``.grad``.
+
+    Raises
+    ------
+    EngineError
+        Naming the first such parameter.
+    """
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trainable:
+        raise EngineError(
+            f"parameters must not require gradients under this engine, but {trainable[0]} (and "
+            f"{len(trainable) - 1} more) do: their raw gradients would stay in .grad"
+        )
+
+
 def refuse_training_batchnorm(model: nn.Module) -> None:
     """Refuse BatchNorm in training mode, which mixes records and remembers them.
 

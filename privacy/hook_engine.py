@@ -21,6 +21,7 @@ from .guards import (
     Place,
     check_losses,
     locate_linear_parameters,
+    refuse_trainable,
     refuse_training_batchnorm,
 )
 from .record_pass import RecordPass, tapping_hook
@@ -45,14 +46,9 @@ class HookEngine:
     """
 
     def __init__(self, model: nn.Module, adapter: Mapping[str, nn.Parameter]) -> None:
-        trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-        if trainable:
-            raise EngineError(
-                f"parameters must not require gradients under this engine, but {trainable[0]}"
-                f" (and {len(trainable) - 1} more) do"
-            )
         self._model = model
         self._places = locate_linear_parameters(model, adapter)
+        refuse_trainable(model)
 
     def per_record_gradients(
         self, active: Collection[str], losses: Callable[[], Tensor], num_records: int
@@ -78,7 +74,8 @@ class HookEngine:
         ------
         EngineError
             If a layer fires twice or not at all, its positions do not divide by n, the losses
-            are not one per record, or BatchNorm is in training mode.
+            are not one per record, BatchNorm is in training mode, or a parameter has come to
+            require a gradient (PEFT's switches do that).
         """
         gradients = self._run(active, losses, num_records).gradients
         return {name: gradients[name].rows() for name in active}
@@ -115,6 +112,7 @@ class HookEngine:
         self, active: Collection[str], losses: Callable[[], Tensor], num_records: int
     ) -> RecordPass:
         refuse_training_batchnorm(self._model)
+        refuse_trainable(self._model)
         record_pass = RecordPass(active, num_records)
         with self._listening(record_pass), torch.enable_grad():
             values = losses()

@@ -11,7 +11,7 @@ import torch
 from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
-from .guards import EngineError, check_losses, refuse_training_batchnorm
+from .guards import EngineError, check_losses, refuse_trainable, refuse_training_batchnorm
 from .hook_engine import HookEngine
 from .record_gradients import Rows
 from .record_pass import RecordPass
@@ -51,6 +51,7 @@ class OpacusEngine(HookEngine):
         self, active: Collection[str], losses: Callable[[], Tensor], num_records: int
     ) -> RecordPass:
         refuse_training_batchnorm(self._model)
+        refuse_trainable(self._model)
         record_pass = RecordPass(active, num_records)
         parameters = {name: self._places[name].parameter for name in active}
         with self._wrapped(active), torch.enable_grad():

@@ -13,9 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Rounding in float32: a sum of T products is off by (T + 3) times this at most, relative to the sum
-# of their magnitudes.
-_ROUNDING = 2.0**-24
+# Rounding of one operation in float64, twice what it can be.
+_ROUNDING = 2.0**-52
 
 
 class RecordGradient(Protocol):
@@ -55,7 +54,8 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """Squared L2 norm of each record's gradient, (n,)."""
-        norms: Tensor = torch.linalg.vector_norm(self._values.flatten(start_dim=1), dim=1)
+        # In two steps: one float32 sum over a whole matrix can be too small by 1e-4 and more.
+        norms = _lengths(_lengths(self._values.unsqueeze(1)).flatten(start_dim=1))
         return norms.square()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -72,10 +72,10 @@ class Rows:
 class Sides:
     """Gradients ``sum_t g_t outer x_t`` as their two thin sides.
 
-    The norm is that of a Gram matrix, in float64 since its terms may cancel; the sum over records
-    is one matrix product that never forms a record's gradient.  This product is rounded apart
-    from the norm, so what it may be off by is added to the norm: a record whose positions cancel
-    is held to its bound, too.
+    The norm is that of a Gram matrix; the sum over records is one matrix product that never forms
+    a record's gradient.  Norm and sum are rounded apart, unlike those of :class:`Rows`, so both
+    are computed in float64 and what the norm may be too small by is added to it: a record whose
+    positions are made to cancel is held to its bound, too.
 
     Parameters
     ----------
@@ -98,15 +98,15 @@ class Sides:
         """Squared L2 norm of each record's gradient plus its rounding, (n,)."""
         g, x = self._grads.double(), self._inputs.double()
         gram = torch.bmm(g, g.transpose(1, 2)) * torch.bmm(x, x.transpose(1, 2))
-        norms = gram.sum(dim=(1, 2)).clamp(min=0).sqrt()
-        # T (p + q) <= p q bounds T, and float64's own rounding is far below.
         magnitude: Tensor = (_lengths(g) * _lengths(x)).sum(dim=1)
-        return (norms + (g.shape[1] + 3) * _ROUNDING * magnitude).square().float()
+        # The terms of the sums that make the norm: p, q, and T squared.
+        terms = g.shape[2] + x.shape[2] + g.shape[1] ** 2
+        return (gram.sum(dim=(1, 2)) + terms * _ROUNDING * magnitude.square()).float()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
         """``sum_j w_j g_j`` of the kept records."""
-        g, x = _only(kept, self._grads), _only(kept, self._inputs)
-        return (g * weights[:, None, None]).flatten(0, 1).t() @ x.flatten(0, 1)
+        g, x = _only(kept, self._grads).double(), _only(kept, self._inputs).double()
+        return ((g * weights[:, None, None]).flatten(0, 1).t() @ x.flatten(0, 1)).float()
 
     def rows(self) -> Tensor:
         """The gradients, (n, p, q)."""

@@ -251,3 +251,11 @@ def test_the_server_checks_settings_before_a_model_library_is_loaded(
 @pytest.mark.parametrize("package", ["torch", "opacus", "dp_accounting", "scipy"])
 def test_the_server_checks_settings_before_torch_is_loaded(imported_by_the_server, package):
     assert package not in imported_by_the_server
+
+
+def test_opacus_and_checkpointing_exclude_each_other():
+    text = refusal(privacy__engine="opacus", model__gradient_checkpointing=True)
+    assert "privacy.engine = 'opacus'" in text and "'fused' or 'hooks'" in text
+    for kind in ("fused", "hooks"):
+        config = {**DEMO, "privacy.engine": kind, "model.gradient-checkpointing": True}
+        assert Settings.from_run_config(config).privacy.engine == kind

@@ -16,7 +16,7 @@ ModelOf = Callable[..., TaskModel]
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> ModelOf:
-    """Give a tiny model by kind (vit, swin, roberta, bert), in eval mode.
+    """Give a tiny model by kind (vit, swin, roberta, bert, llama), in eval mode.
 
     B is made non-zero unless ``fresh``: at B = 0 the gradients of A are zero and prove nothing.
     """
