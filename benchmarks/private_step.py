@@ -98,6 +98,7 @@ def measure(spec: ModelSpec, model: str, options: argparse.Namespace) -> Rows:
     settings = {key: getattr(options, key) for key in ("seed", "device", "dtype", "threads")}
     settings["records"] = options.batch
     del arms, subject
+    torch.cuda.empty_cache()  # leaves room for the other processes; nothing without a GPU
     memory: dict[str, dict[str, float]] = {}
     for name in names:
         if name.split()[0] in _MEMORY_SIDES:
@@ -105,9 +106,8 @@ def measure(spec: ModelSpec, model: str, options: argparse.Namespace) -> Rows:
             progress(f"{model}: {name} takes {memory[name]['live_mb']:.0f} MB of tensors")
     rows += compare_memory(memory)
     where = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    return [
-        {**row, "device": where, "dtype": options.dtype, "batch": options.batch} for row in rows
-    ]
+    how = {key: getattr(options, key) for key in ("dtype", "batch", "allocator")}
+    return [{**row, "device": where, **how} for row in rows]
 
 
 def time_all(

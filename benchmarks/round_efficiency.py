@@ -67,7 +67,7 @@ def federations(vit_folder: Path, rounds: int, local_steps: int) -> dict[str, Fe
     vit = (
         f'model.source="timm" model.name="{vit_folder}" data.partitioner="iid"',
         'lora.r=8 lora.lora-alpha=16 lora.target-modules="attn.qkv,attn.proj,mlp.fc1,mlp.fc2"',
-        f"strategy.local-steps={local_steps}",
+        f"strategy.local-steps={local_steps} strategy.evaluate-every={rounds}",
     )
     return {"demo": Federation(5, 10), "vit-tiny": Federation(8, rounds, vit)}
 

@@ -27,8 +27,9 @@ def human_epsilon(epsilon: float | None) -> str:
 
 def round_line(row: Mapping[str, Any], rounds: int) -> str:
     """Describe a line of ``metrics.jsonl``: round, accuracy, epsilon, bytes, time left."""
+    accuracy = "     -" if row["accuracy"] is None else f"{row['accuracy']:6.1%}"
     line = (
-        f"round {row['round']:>{len(str(rounds))}}/{rounds}  accuracy {row['accuracy']:6.1%}  "
+        f"round {row['round']:>{len(str(rounds))}}/{rounds}  accuracy {accuracy}  "
         f"epsilon {human_epsilon(row['epsilon'])}  "
         f"up {human_bytes(row['bytes_up'])}  down {human_bytes(row['bytes_down'])}"
     )

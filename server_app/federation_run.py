@@ -90,7 +90,8 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     )
     strategy = make_strategy(settings, tracker)
     rounds = settings.strategy.num_rounds
-    observer = Observer(folder, rounds, strategy, model, test, validation, tracker)
+    every = settings.strategy.evaluate_every
+    observer = Observer(folder, rounds, strategy, model, test, validation, tracker, every)
     account = RunAccount(tracker, settings.strategy.local_steps)
     checkpoint = Checkpoint(folder.checkpoint, {"observer": observer, "account": account})
     if earlier is not None:

@@ -63,7 +63,7 @@ def split_validation(test: Records, fraction: float, seed: int) -> tuple[Records
 
 
 class Observer:
-    """Evaluates after each round on public records and writes the round's line.
+    """Writes each round's line, and evaluates on public records.
 
     Parameters
     ----------
@@ -81,6 +81,8 @@ class Observer:
         What early stopping goes by; may be empty.
     tracker : PrivacyTracker
         Knows epsilon.
+    every : int (default: 1)
+        Rounds from one evaluation to the next; the start and the last round always have one.
     """
 
     def __init__(
@@ -92,11 +94,12 @@ class Observer:
         test: Records,
         validation: Records,
         tracker: PrivacyTracker,
+        every: int = 1,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._folder, self._rounds, self._strategy = folder, rounds, strategy
         self._model, self._test, self._validation = model, test, validation
-        self._tracker = tracker
+        self._tracker, self._every = tracker, every
         self._started = self._latest = time.monotonic()
 
     @property
@@ -104,28 +107,34 @@ class Observer:
         """Rounds that moved the adapter."""
         return sum(row["applied"] for row in self.rows)
 
-    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Flower's ``evaluate_fn``: round 0 is the start."""
-        load_adapter(self._model, arrays)
-        metrics = evaluate(self._model, self._test)
-        record = MetricRecord({"accuracy": metrics["accuracy"], "loss": metrics["loss"]})
-        if len(self._validation):
-            record[VALIDATION_ACCURACY] = evaluate(self._model, self._validation)["accuracy"]
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower's ``evaluate_fn``: round 0 is the start; ``None`` if it is not evaluated."""
+        record = None
+        if server_round % self._every == 0 or server_round == self._rounds:
+            record = self._evaluate(arrays)
         row = self._row(server_round, record)
         self.rows.append(row)
         self._folder.append_metrics(row)
         log(INFO, "%s", round_line(row, self._rounds))
         return record
 
-    def _row(self, server_round: int, metrics: MetricRecord) -> dict[str, Any]:
+    def _evaluate(self, arrays: ArrayRecord) -> MetricRecord:
+        load_adapter(self._model, arrays)
+        metrics = evaluate(self._model, self._test)
+        record = MetricRecord({"accuracy": metrics["accuracy"], "loss": metrics["loss"]})
+        if len(self._validation):
+            record[VALIDATION_ACCURACY] = evaluate(self._model, self._validation)["accuracy"]
+        return record
+
+    def _row(self, server_round: int, metrics: MetricRecord | None) -> dict[str, Any]:
         report = self._strategy.last_round if server_round else None
         before = self.rows[-1] if self.rows else {"bytes_up": 0, "bytes_down": 0}
         epsilon = self._tracker.largest_epsilon()
         now = time.monotonic()
         row = {
             "round": server_round,
-            "accuracy": metrics["accuracy"],
-            "loss": metrics["loss"],
+            "accuracy": metrics["accuracy"] if metrics else None,
+            "loss": metrics["loss"] if metrics else None,
             "epsilon": epsilon if math.isfinite(epsilon) else None,
             "bytes_up": before["bytes_up"] + (report.bytes_up if report else 0),
             "bytes_down": before["bytes_down"] + (report.bytes_down if report else 0),
@@ -137,7 +146,7 @@ class Observer:
             "seconds": now - self._started,
             "round_seconds": now - self._latest,
         }
-        if VALIDATION_ACCURACY in metrics:
+        if metrics and VALIDATION_ACCURACY in metrics:
             row["validation_accuracy"] = metrics[VALIDATION_ACCURACY]
         self._latest = now
         return row

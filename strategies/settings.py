@@ -87,11 +87,17 @@ class StrategySettings(BaseModel):
         description="Refuse updates longer than signal plus noise of the public plan allow; auto: "
         "in private runs.",
     )
+    evaluate_every: int = Field(
+        default=1,
+        ge=1,
+        description="Rounds from one evaluation on the server to the next, during which clients "
+        "wait; the start and the last round are always evaluated.",
+    )
     early_stopping_patience: int = Field(
         default=0,
         ge=0,
-        description="Rounds without better accuracy on public validation records after which the "
-        "run ends; 0: never.  Needs data.validation-fraction.",
+        description="Evaluations without better accuracy on public validation records after which "
+        "the run ends; 0: never.  Needs data.validation-fraction.",
     )
     early_stopping_min_delta: float = Field(
         default=0.0, ge=0, description="Smallest gain in accuracy that counts as better."

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import private_step, step_checks, step_memory
+from benchmarks import private_step, step_checks, step_memory, step_table
 from benchmarks.step_arms import FLOOR, StepError, make_arm, names_for
 from benchmarks.step_models import MODELS, SETS, ModelSpec, Subject
 from privacy import FusedEngine
@@ -156,6 +156,10 @@ def test_the_whole_command_prints_every_row(capsys, monkeypatch):
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"machine", "rows", "bars"}
     assert not any(isinstance(v, dict | list) for row in result["rows"] for v in row.values())
+    # The text is made of the same rows.
+    text = step_table.table(result["rows"], result["bars"])
+    assert text.count("| vit-tiny | ") == 13 + 9 + 6
+    assert "MALLOC_TRIM_THRESHOLD_=65536" in text and "Batch 3, float32 on cpu." in text
     by_kind = {kind: [r for r in result["rows"] if r["kind"] == kind] for kind in KINDS}
     assert {row["arm"] for row in by_kind["time"]} == set(names_for(True))
     expected = {f"{side} {s}" for side in ("peft", "private", "opacus") for s in SETS}

@@ -63,3 +63,9 @@ def test_the_start_names_no_clients_and_divides_by_nothing():
 
 def test_a_run_without_privacy_says_so_in_every_line():
     assert "NOT PRIVATE" in round_line({**ROW, "epsilon": None}, 20)
+
+
+def test_a_round_without_evaluation_keeps_its_place():
+    line = round_line({**ROW, "accuracy": None}, 20)
+    assert line.startswith("round  4/20  accuracy      -  epsilon 3.14")
+    assert len(line) == len(round_line(ROW, 20))

@@ -121,6 +121,26 @@ def test_the_exported_adapter_gives_the_federations_logits_on_a_fresh_backbone(
     assert right == pytest.approx(folder.read_result()["accuracy_end"])
 
 
+def test_rounds_between_evaluations_have_no_accuracy_and_cost_none(federate, monkeypatch):
+    """The start and the last round always have one: the result is of the last round."""
+    calls = []
+
+    def count(*_):
+        calls.append(1)
+        return {"accuracy": 0.1 * len(calls), "loss": 1.0}
+
+    monkeypatch.setattr(observer, "evaluate", count)
+    changes = {"strategy__num_rounds": 5, "strategy__evaluate_every": 3}
+    folder, _ = federate(strategy__method="dp-lora", **QUICK, **changes)
+    rows = list(folder.read_metrics())
+    shown = [None if row["accuracy"] is None else round(row["accuracy"], 1) for row in rows]
+    assert shown == [0.1, None, None, 0.2, None, 0.3]
+    assert [row["loss"] is None for row in rows] == [value is None for value in shown]
+    assert len(calls) == 3
+    assert all(row["applied"] for row in rows[1:])
+    assert folder.read_result()["accuracy_end"] == pytest.approx(0.3)
+
+
 def test_the_reported_accuracy_is_the_last_rounds(federate, monkeypatch):
     """Mistake: the best of all rounds, chosen on the test set."""
     accuracies = itertools.chain([0.3, 0.9, 0.4])
