@@ -22,8 +22,8 @@ from .step_models import ModelSpec, Subject
 # freed, so that resident memory is live memory.  "usual": nothing; glibc then keeps much of what
 # was freed, how much depends on the order of sizes, and varies from run to run.
 ALLOCATORS = {
-    "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     "usual": {},
+    "returning": {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
 }
 _SILENCE = {"KINETO_LOG_LEVEL": "99"}  # the profiler's own lines
 _STEPS = 2

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from .cheap_inputs import CheapInputs
 from .fused_lora import FusedLoRA, why_not_fused
 from .hook_engine import HookEngine
 from .record_pass import RecordPass
@@ -59,18 +60,23 @@ class FusedEngine(HookEngine):
     def _listening(self, record_pass: RecordPass) -> Iterator[None]:
         fused = [layer for layer in self._fused if layer.usable()]
         theirs = {name for layer in fused for name in (layer.name_a, layer.name_b)}
+        cheap = CheapInputs()
         with contextlib.ExitStack() as undo:
+            if any(layer.name_a in record_pass.active for layer in fused):
+                undo.enter_context(cheap.watching(self._model))
             undo.enter_context(self._hooks(record_pass, record_pass.active - theirs))
             for layer in fused:
                 # An instance's attribute comes before its class's method: this is all it takes.
-                layer.layer.__dict__["forward"] = _bind(layer, record_pass)
+                layer.layer.__dict__["forward"] = _bind(layer, record_pass, cheap)
                 undo.callback(layer.layer.__dict__.pop, "forward", None)
             yield
 
 
-def _bind(layer: FusedLoRA, record_pass: RecordPass) -> Callable[[Tensor], Tensor]:
+def _bind(
+    layer: FusedLoRA, record_pass: RecordPass, cheap: CheapInputs
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        return layer.forward(record_pass, x)
+        return layer.forward(record_pass, cheap, x)
 
     return forward
 

@@ -4,7 +4,8 @@ PEFT computes ``x W' + s (x A') B'`` (a prime is a transpose) as five operations
 reads and writes the activations.  Here the forward is one product with ``W + s B A`` and the
 backward one product with the same matrix, plus the active factor's gradients in closed form: with
 g the gradient of the layer's output, a record's is ``s g' (x A')`` for B and ``s (g B)' x`` for A.
-A step on B therefore keeps ``x A'``, of width r, and not ``x``.
+A step on B therefore keeps ``x A'``, of width r, and not ``x``; one on A keeps x only where x is
+not quickly made again (:mod:`privacy.cheap_inputs`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cheap_inputs import CheapInputs, Recipe
 from .record_pass import RecordPass
 
 _PEFT_LINEAR = ("peft.tuners.lora.layer", "Linear")
@@ -73,12 +75,13 @@ class FusedLoRA:
             return False
         return list(self.layer.active_adapters) == [self.adapter] and not why_not_fused(self.layer)
 
-    def forward(self, record_pass: RecordPass, x: Tensor) -> Tensor:
+    def forward(self, record_pass: RecordPass, cheap: CheapInputs, x: Tensor) -> Tensor:
         """Compute the layer for inputs (..., q); report to the pass in the backward."""
         trains_a, trains_b = (n in record_pass.active for n in (self.name_a, self.name_b))
         anchor = record_pass.anchor if trains_a or trains_b else None
+        recipe = cheap.recipe_of(x) if trains_a else None
         apply: Callable[..., Tensor] = _FusedLinear.apply
-        return apply(x, anchor, self, record_pass, trains_a, trains_b)
+        return apply(x, anchor, self, record_pass, recipe, trains_a, trains_b)
 
 
 def why_not_fused(layer: nn.Module) -> str:
@@ -125,6 +128,7 @@ class _FusedLinear(torch.autograd.Function):
         anchor: Tensor | None,
         fused: FusedLoRA,
         record_pass: RecordPass,
+        recipe: Recipe | None,
         trains_a: bool,
         trains_b: bool,
     ) -> Tensor:
@@ -139,10 +143,10 @@ class _FusedLinear(torch.autograd.Function):
                 y = F.linear(flat, torch.addmm(base.weight, scaled_b, a), bias)
             else:
                 y = F.linear(flat, base.weight.to(dtype), bias).addmm_(thin, scaled_b.t())
-        # A step on B needs x A' only; x itself is dropped here.
-        ctx.save_for_backward(
-            flat if trains_a else None, thin if trains_b and not trains_a else None
-        )
+        # A step on B needs x A' only, one on A needs x, or what x is quickly made from.
+        kept = None if not trains_a else flat if recipe is None else recipe.source.detach()
+        ctx.save_for_backward(kept, thin if trains_b and not trains_a else None)
+        ctx.make_x = None if recipe is None else recipe.without_source()
         ctx.fused, ctx.record_pass, ctx.merged = fused, record_pass, merged
         ctx.trains, ctx.x_shape, ctx.x_dtype = (trains_a, trains_b), x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -150,6 +154,8 @@ class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, thin = ctx.saved_tensors
+        if ctx.make_x is not None:
+            flat = ctx.make_x(flat).reshape(-1, ctx.x_shape[-1]).to(grad.dtype)
         fused: FusedLoRA = ctx.fused
         trains_a, trains_b = ctx.trains
         weight = fused.base.weight
@@ -165,12 +171,12 @@ class _FusedLinear(torch.autograd.Function):
             if trains_a and g_b is not None:
                 _report(ctx, fused.name_a, g_b, flat)
             if not ctx.needs_input_grad[0]:
-                return (None,) * 6
+                return (None,) * 7
             if g_b is None or ctx.merged:
                 dx = g @ torch.addmm(weight, scaled_b, a)
             else:
                 dx = (g @ weight.to(g.dtype)).addmm_(g_b, a)
-        return dx.view(ctx.x_shape).to(ctx.x_dtype), None, None, None, None, None
+        return dx.view(ctx.x_shape).to(ctx.x_dtype), None, None, None, None, None, None
 
 
 def _report(ctx: Any, name: str, grads: Tensor, inputs: Tensor) -> None:
