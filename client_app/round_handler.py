@@ -131,7 +131,8 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
         privacy_plan = PrivacyPlan.for_client(
             settings.privacy, num_records=len(records), steps=settings.total_steps
         )
-    model.load_adapter_state({name: torch.from_numpy(value) for name, value in adapter.items()})
+    received = {name: torch.from_numpy(value) for name, value in adapter.items()}
+    model.load_adapter_state(received)
     # Charged before the first step: a crash from here on costs budget, never privacy.
     budget = _charge(context, privacy_plan, plan.local_steps)
     gradient = PrivateGradient(
@@ -145,8 +146,11 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     kind = step_kind(plan.active(1, model.adapter))
     noise_std = privacy_plan.noise_std(kind) / privacy_plan.expected_batch_size
     energies = GradientEnergies(plan, noise_std) if plan.scores != "none" else None
-    with _own_random_state(settings, context, plan.server_round):
-        update = train_round(plan, model.adapter, gradient, energies, trace)
+    try:
+        with _own_random_state(settings, context, plan.server_round):
+            update = train_round(plan, model.adapter, gradient, energies, trace)
+    finally:
+        model.load_adapter_state(received)  # this process may play another client next
     trace.values.update(
         round=plan.server_round,
         node=_who(context),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from client_app import local_training
 from client_app.local_training import TrainingError, step_kind, train_round
 from privacy import HookEngine, PrivacyPlan, PrivateGradient, SecureSource
 from strategies import RoundPlan, kind_of
@@ -195,6 +196,25 @@ def test_each_factor_keeps_moments_of_its_own_under_adamw():
             debiased = (second / (1 - 0.999**count)).sqrt() + 1e-8
             value = value - rates[kind_of(name)] * first / (1 - 0.9**count) / debiased
         torch.testing.assert_close(p.detach().double(), value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["A", "B"])
+def test_frozen_factors_have_no_optimizer_state_and_no_gradient(monkeypatch, mode):
+    made = []
+    make = local_training._make_optimizer
+
+    def noted(*arguments):
+        made.append(make(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(local_training, "_make_optimizer", noted)
+    net = Net()
+    train_round(round_plan(mode, optimizer="adamw"), net.adapter, Scripted(net.adapter))
+    (optimizer,) = made
+    trained = {id(p) for name, p in net.adapter.items() if kind_of(name) in (mode, "head")}
+    assert {id(p) for p in optimizer.state} == trained
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
+    assert all(p.grad is None and not p.requires_grad for p in net.parameters())
 
 
 def smooth(gradient: torch.Tensor, axis: int) -> np.ndarray:

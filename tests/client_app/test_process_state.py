@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 
 import numpy as np
+import pytest
 import torch
+from flwr.app import Context, Message
 
 import client_app.session as session_module
 from client_app import round_handler
 from client_app.round_handler import _source, handle_train
+from client_app.trace import MessageTrace
+from privacy import PoissonSampler, PrivacyPlan, PrivateGradient, SeededTestSource, StepBudget
+from privacy.record_pass import RecordPass
+from strategies import GradientEnergies
 from tests.client_app.conftest import forget_process
 from tests.client_app.replies import CANARY, same, update_of
 
@@ -29,6 +36,58 @@ def test_virtual_clients_do_not_leak_into_each_other(site):
     assert same(alone, after)
     assert json.dumps(dict(alone.content["privacy"])) == json.dumps(dict(after.content["privacy"]))
     assert not same(first, handle_train(site.message(mode="both"), site.context(1, **SEEDED)))
+
+
+OF_ONE_CLIENT = (
+    PrivateGradient, PoissonSampler, PrivacyPlan, StepBudget, SeededTestSource, RecordPass,
+    GradientEnergies, MessageTrace, torch.optim.Optimizer, Message, Context,
+)  # fmt: skip
+
+
+def look_for(tensors: list[torch.Tensor]) -> list[str]:
+    """Everything of one client that is still in this process: its objects, and its numbers."""
+    gc.collect()
+    found = []
+    for thing in gc.get_objects():
+        if isinstance(thing, OF_ONE_CLIENT):
+            found.append(type(thing).__name__)
+        if isinstance(thing, torch.Tensor) and not any(thing is own for own in tensors):
+            same_shape = [own for own in tensors if own.shape == thing.shape]
+            if any(own.any() and torch.allclose(own, thing.float()) for own in same_shape):
+                found.append(f"a tensor {tuple(thing.shape)}")
+    return found
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
+    """Looks: at every object that the garbage collector knows, after one client's round."""
+    seen: list[torch.Tensor] = []
+    train_round, step = round_handler.train_round, PrivateGradient.step
+
+    def noted_step(self, *args):
+        released = step(self, *args)
+        seen.extend(value.clone() for value in released.values())
+        return released
+
+    def noted_round(plan, adapter, *others):
+        update = train_round(plan, adapter, *others)
+        seen.extend(value.clone() for value in update.values())
+        seen.extend(p.detach().clone() for n, p in adapter.items() if n in update)
+        if failing:
+            raise RuntimeError("after the last step")
+        return update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(round_handler, "train_round", noted_round)
+        patch.setattr(PrivateGradient, "step", noted_step)
+        context = site.context(0)
+        reply = handle_train(site.message(mode="both"), context)
+        assert reply.has_error() is failing
+        assert len(seen) > 10
+        found = look_for(seen)
+        assert "Context" in found  # the looking finds what is there
+        del context, reply
+    assert look_for(seen) == []
 
 
 def test_a_client_that_fails_leaves_nothing_behind_either(site, monkeypatch):

@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from cli.superlink import flower_executable
+from client_app.trace import read_trace
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +37,9 @@ def flower_processes() -> set[int]:
     return found
 
 
-def test_the_default_federation_learns_privately_and_leaves_nothing_running(tmp_path):
+def test_the_default_federation_learns_privately_and_leaves_nothing_running(tmp_path, monkeypatch):
     """The command behind `make run`, shortened to four rounds of a tighter budget."""
+    monkeypatch.setenv("DP_LORA_TRACE", str(tmp_path / "trace"))
     before = flower_processes()
     done = run_command("--rounds", "4", "--epsilon", "4", "--seed", "3", runs=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,6 +54,14 @@ def test_the_default_federation_learns_privately_and_leaves_nothing_running(tmp_
     assert (Path(result["adapter"]) / "adapter_model.safetensors").is_file()
     assert sum(line.strip().startswith("round") for line in lines) == 5
     assert flower_processes() <= before
+    messages = read_trace(tmp_path / "trace")
+    assert sorted((m["round"], m["node"]) for m in messages) == [
+        (server_round, node) for server_round in (1, 2, 3, 4) for node in range(5)
+    ]
+    # Five clients, each worker with a core of its own and one backbone for all that it plays.
+    assert {m["backbone_loads"] for m in messages} == {1}
+    assert {m["threads"] for m in messages} == {1}
+    assert len({m["pid"] for m in messages}) <= os.cpu_count()
 
 
 def test_a_run_that_cannot_work_fails_loudly(tmp_path):
