@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
-from torch import Tensor, nn
+from torch import nn
+
+from .guards import Engine
+from .virtual_batches import ClippingEngine
 
 EngineKind = Literal["fused", "hooks", "opacus"]
 
 
-class GradientEngine(Protocol):
+class GradientEngine(Engine, ClippingEngine, Protocol):
     """What every engine can do; see :class:`~privacy.hook_engine.HookEngine`."""
-
-    def per_record_gradients(
-        self, active: Collection[str], losses: Callable[[], Tensor], num_records: int
-    ) -> dict[str, Tensor]:
-        """Gradients (n, *shape) of each record's own loss."""
-        ...
-
-    def clipped_sum(
-        self,
-        active: Sequence[str],
-        losses: Callable[[], Tensor],
-        num_records: int,
-        max_grad_norm: float,
-    ) -> dict[str, Tensor]:
-        """Sum of per-record gradients, each clipped to ``max_grad_norm``."""
-        ...
 
 
 def make_engine(
