@@ -115,9 +115,16 @@ def why_not_fused(layer: nn.Module) -> str:
             return "its factors are not plain matrices"
         if factor.weight.dtype != torch.float32:
             return f"its factors are {factor.weight.dtype}"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (base, *factors)):
+    if any(_is_listened_to(module) for module in (base, *factors)):
         return "hooks are registered inside it"
+    if any("forward" in vars(module) for module in (layer, base, *factors)):
+        return "its forward was replaced on the instance"
     return ""
+
+
+def _is_listened_to(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+    return any(hooks) or bool(module._backward_pre_hooks)
 
 
 class _FusedLinear(torch.autograd.Function):
