@@ -175,7 +175,7 @@ def fake_run(flower, tmp_path, monkeypatch):
         settings = Settings.from_run_config(
             {"output-dir": str(tmp_path / "runs"), "strategy.num-rounds": 1}
         )
-        return command._run(argparse.Namespace(clients=3), settings, {"seed": 1})
+        return command._run(argparse.Namespace(clients=3, app="."), settings, {"seed": 1})
 
     return run
 

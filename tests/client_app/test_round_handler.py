@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import client_app.session as session_module
+from client_app import round_handler
 from client_app.round_handler import handle_train
 from privacy import PrivacyPlan, PrivacySettings
 from strategies import ROUND_PLAN_KEY, STRATEGIES
@@ -86,16 +87,24 @@ def test_a_common_rate_states_nothing_of_the_count(site):
     assert "declares public" in declared
 
 
-def test_an_update_says_what_the_adapter_did_in_training(site):
-    """The server's tensor plus the update is the client's tensor."""
+def test_an_update_says_what_the_adapter_did_in_training(site, monkeypatch):
+    """The server's tensor plus the update is the client's tensor, which then is put back."""
     before = site.server_model.adapter_state()
-    context = site.context()
-    reply = handle_train(site.message(), context)
-    settings = site.settings()
-    model = session_module.open_session(settings, torch.device("cpu")).task_model
+    trained = {}
+    train_round = round_handler.train_round
+
+    def noted(plan, adapter, *others):
+        update = train_round(plan, adapter, *others)
+        trained.update({name: p.detach().clone() for name, p in adapter.items()})
+        return update
+
+    monkeypatch.setattr(round_handler, "train_round", noted)
+    reply = handle_train(site.message(), site.context())
     for name, value in update_of(reply).items():
-        torch.testing.assert_close(model.adapter_state()[name] - before[name],
+        torch.testing.assert_close(trained[name] - before[name],
                                    torch.from_numpy(value), rtol=0, atol=0)  # fmt: skip
+    model = session_module.open_session(site.settings(), torch.device("cpu")).task_model
+    assert all(torch.equal(value, before[name]) for name, value in model.adapter_state().items())
 
 
 def test_without_privacy_the_statement_promises_nothing(site):
