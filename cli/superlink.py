@@ -36,6 +36,9 @@ def flower_environment(home: Path) -> dict[str, str]:
     environment = dict(os.environ)
     # The commands of the environment that runs this file, whether it is activated or not.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if not environment.get("OMP_NUM_THREADS"):
+        # Ray gives each worker its share of threads only where the variable is not there at all.
+        environment.pop("OMP_NUM_THREADS", None)
     environment.update(
         FLWR_HOME=str(home),
         FLWR_TELEMETRY_ENABLED="0",

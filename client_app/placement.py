@@ -9,6 +9,10 @@ import torch
 
 from federation.settings import Settings, SettingsError, Value
 
+# What a process that plays several clients goes back to.
+_TORCHS_OWN_THREADS = torch.get_num_threads()
+_MOST_THREADS = 4096
+
 
 def choose_device(wanted: str, node_config: Mapping[str, Value]) -> torch.device:
     """Choose the device of this client.
@@ -63,14 +67,15 @@ def set_threads(node_config: Mapping[str, Value]) -> int:
     SettingsError
         If ``threads`` is not a whole number from 1 on.
     """
-    wanted = node_config.get("threads")
-    if wanted is not None:
-        if type(wanted) is not int or wanted < 1:
-            raise SettingsError(
-                f"node config threads: got {wanted!r}; accepted is a whole number of 1 or more"
-            )
+    wanted = node_config.get("threads", _TORCHS_OWN_THREADS)
+    if type(wanted) is not int or not 1 <= wanted <= _MOST_THREADS:
+        raise SettingsError(
+            f"node config threads: got {wanted!r}; accepted is a whole number from 1 to "
+            f"{_MOST_THREADS}"
+        )
+    if wanted != torch.get_num_threads():
         torch.set_num_threads(wanted)
-    return torch.get_num_threads()
+    return wanted
 
 
 def choose_rank(settings: Settings, node_config: Mapping[str, Value]) -> int:

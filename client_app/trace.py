@@ -1,8 +1,9 @@
 """Where a client's time goes: one line a message, in a file of the site's own.
 
 Off unless the environment variable ``DP_LORA_TRACE`` names a folder.  Each process appends to a
-file of its own there.  The times depend on the drawn batches, and so on private records: like
-every log of a site they are for its operator, and nothing here is ever sent.
+file of its own there, which its user alone can read.  The times depend on the drawn batches, and
+so on private records: like every log of a site they are for its operator, and nothing here is
+ever sent.
 """
 
 from __future__ import annotations
@@ -53,12 +54,14 @@ def traced_message() -> Iterator[MessageTrace]:
 
 
 def _append(folder: Path, values: dict[str, Any]) -> None:
-    line = json.dumps({"pid": os.getpid(), **values}) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+        line = json.dumps({"pid": os.getpid(), **values}) + "\n"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        descriptor = os.open(folder / f"{os.getpid()}.jsonl", flags, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
             file.write(line)
-    except OSError as error:  # a full disk must not cost a round
+    except (OSError, TypeError, ValueError) as error:  # it must not cost a round
         _LOGGER.warning("%s: the trace cannot be written: %s", VARIABLE, error)
 
 

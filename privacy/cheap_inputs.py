@@ -12,13 +12,16 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Pure functions of one tensor, whose autograd keeps their input.
-_KINDS: tuple[type[nn.Module], ...] = (nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU)
+# Pure functions of one tensor, whose autograd keeps their input (where that needs a gradient).
+# These very classes: a subclass may do anything.
+_KINDS = frozenset({nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU})
 _ACTIVATIONS_OF_TRANSFORMERS = "transformers.activations"
+_NORMS_OF_TIMM = ("timm.layers.norm", frozenset({"LayerNorm", "RmsNorm"}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +59,16 @@ class CheapInputs:
     """Remembers, during one forward pass, which tensors came from which cheap module."""
 
     def __init__(self) -> None:
-        self._made: dict[int, tuple[weakref.ref[Tensor], int, Recipe]] = {}
+        self._made: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Recipe]] = {}
 
     def recipe_of(self, x: Tensor) -> Recipe | None:
         """Return how to make a tensor again; ``None`` if it came from elsewhere."""
         made = self._made.get(id(x))
         # An id can be another tensor's by now, and a tensor can have been changed in place.
-        if made is None or made[0]() is not x or made[1] != x._version:
+        if made is None or made[0]() is not x:
             return None
-        return made[2]
+        _, versions, recipe = made
+        return recipe if versions == (x._version, recipe.source._version) else None
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -76,28 +80,34 @@ class CheapInputs:
                     undo.callback(module.__dict__.pop, "forward", None)
             yield
 
-    def _watched(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _watched(self, module: nn.Module) -> Callable[..., Tensor]:
         forward = type(module).forward
 
-        def watched(source: Tensor) -> Tensor:
-            x: Tensor = forward(module, source)
-            kind = source.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-            key, made = id(x), self._made
-
-            def forget(_: weakref.ref[Tensor]) -> None:
-                made.pop(key, None)  # with it goes the hold on the source
-
-            made[key] = weakref.ref(x, forget), x._version, Recipe(module, source, dtype)
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            x: Tensor = forward(module, *args, **kwargs)
+            if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                self._note(module, args[0], x)
             return x
 
         return watched
 
+    def _note(self, module: nn.Module, source: Tensor, x: Tensor) -> None:
+        kind = source.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key, made = id(x), self._made
+
+        def forget(_: weakref.ref[Tensor]) -> None:
+            made.pop(key, None)  # with it goes the hold on the source
+
+        versions = x._version, source._version
+        made[key] = weakref.ref(x, forget), versions, Recipe(module, source, dtype)
+
 
 def _is_cheap(module: nn.Module) -> bool:
     kind = type(module)
-    known = isinstance(module, _KINDS) or kind.__module__ == _ACTIVATIONS_OF_TRANSFORMERS
-    if not known and kind.__name__.endswith("RMSNorm"):
-        known = kind.__module__.startswith("transformers.")
+    home, name = kind.__module__, kind.__name__
+    known = kind in _KINDS or home == _ACTIVATIONS_OF_TRANSFORMERS
+    known |= home == _NORMS_OF_TIMM[0] and name in _NORMS_OF_TIMM[1]
+    known |= home.startswith("transformers.models.") and name.endswith("RMSNorm")
     # Somebody else's forward on the instance, or one that works in place, is left alone.
     return known and "forward" not in module.__dict__ and not getattr(module, "inplace", False)

@@ -156,7 +156,8 @@ class _FusedLinear(torch.autograd.Function):
         ctx.make_x = None if recipe is None else recipe.without_source()
         ctx.fused, ctx.record_pass, ctx.merged = fused, record_pass, merged
         ctx.trains, ctx.x_shape, ctx.x_dtype = (trains_a, trains_b), x.shape, x.dtype
-        return y.view(*x.shape[:-1], y.shape[-1])
+        # Not a view to autograd: a layer's output may be changed in place by what follows.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ from .record_pass import RecordPass
 # What Opacus leaves on parameters and layers when a step fails between forward and backward.
 _ON_PARAMETERS = ("grad_sample", "_current_grad_sample", "_forward_counter")
 _ON_LAYERS = ("activations", "max_batch_len")
+_CPU_MEMORY = "DefaultCPUAllocator"
 
 
 class OpacusEngine(HookEngine):
@@ -123,9 +124,12 @@ def _refusing() -> Iterator[None]:
     except (torch.OutOfMemoryError, EngineError):
         raise
     except (RuntimeError, ValueError, IndexError, AttributeError) as error:
+        if _CPU_MEMORY in str(error):  # on the CPU torch raises a plain RuntimeError
+            raise
+        # Its type only: a text of somebody else's may quote anything.
         raise EngineError(
-            f"Opacus cannot give this model's per-record gradients ({error}); another "
-            "privacy.engine may"
+            f"Opacus cannot give this model's per-record gradients ({type(error).__name__}); "
+            "another privacy.engine may"
         ) from error
 
 

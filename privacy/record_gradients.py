@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Rounding of one operation in float64, twice what it can be.
 _ROUNDING = 2.0**-52
+# Numbers summed up in float32: off by 1e-6 at most.
+_PIECE = 256
 
 
 class RecordGradient(Protocol):
@@ -54,9 +56,13 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """Squared L2 norm of each record's gradient, (n,)."""
-        # In two steps: one float32 sum over a whole matrix can be too small by 1e-4 and more.
-        norms = _lengths(_lengths(self._values.unsqueeze(1)).flatten(start_dim=1))
-        return norms.square()
+        # A float32 sum over a large tensor can be too small by 1e-4 and more: such sums over short
+        # pieces only, and their squares in float64.
+        flat = self._values.flatten(start_dim=1)
+        whole = flat.shape[1] // _PIECE * _PIECE
+        pieces = _lengths(flat[:, :whole].unflatten(1, (-1, _PIECE))) if whole else flat[:, :0]
+        rest = _lengths(flat[:, whole:])
+        return (pieces.double().square().sum(dim=1) + rest.double().square()).float()
 
     def weighted_sum(self, weights: Tensor, kept: Tensor | None = None) -> Tensor:
         """``sum_j w_j g_j`` of the kept records."""

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from client_app.round_handler import handle_train
-from client_app.trace import VARIABLE, MessageTrace, read_trace
+from client_app.trace import VARIABLE, MessageTrace, read_trace, traced_message
 from task.backbones import backbone_loads
 from tests.client_app.conftest import forget_process
 
@@ -73,3 +73,18 @@ def test_spans_of_one_name_add_up():
         raise RuntimeError
     assert trace.values["steps_seconds"] > first > 0
     assert trace.values["steps_cpu_seconds"] > 0
+
+
+def test_others_cannot_read_it_and_a_value_that_cannot_be_written_costs_no_round(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "trace"))
+    with traced_message() as trace:
+        trace.values["round"] = 1
+    (file,) = (tmp_path / "trace").iterdir()
+    assert (tmp_path / "trace").stat().st_mode & 0o077 == 0
+    assert file.stat().st_mode & 0o077 == 0
+    with caplog.at_level(logging.WARNING), traced_message() as trace:
+        trace.values["round"] = object()
+    assert "cannot be written" in caplog.text
+    assert len(read_trace(tmp_path / "trace")) == 1

@@ -68,6 +68,32 @@ def test_a_tensor_changed_in_place_or_replaced_is_not_made_again():
     assert cheap.recipe_of(x) is None
 
 
+def test_a_source_changed_in_place_is_not_made_from():
+    """Where the source needs no gradient, autograd keeps no copy that would notice."""
+    source = torch.randn(2, 6)
+    cheap, x = watch(nn.LayerNorm(6), source)
+    source.add_(1)
+    assert cheap.recipe_of(x) is None
+
+
+class OddNorm(nn.LayerNorm):
+    def forward(self, source, shift=0.0):
+        return super().forward(source) + shift
+
+
+def test_a_subclass_is_not_taken_for_its_parent():
+    cheap, x = watch(OddNorm(6), torch.randn(2, 6))
+    assert cheap.recipe_of(x) is None
+
+
+def test_other_ways_to_call_work_and_are_not_watched():
+    norm, source = nn.LayerNorm(6), torch.randn(2, 6)
+    cheap = CheapInputs()
+    with cheap.watching(norm):
+        x = norm(input=source)
+    assert torch.equal(x, norm(source)) and cheap.recipe_of(x) is None
+
+
 def test_a_tensor_that_is_gone_holds_nothing():
     source = torch.randn(2, 6)
     cheap, x = watch(nn.GELU(), source)

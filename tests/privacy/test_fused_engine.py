@@ -382,3 +382,33 @@ def test_an_input_changed_in_place_is_noticed_where_it_is_needed():
         ["first.lora_B.default.weight"], losses_of(model, inputs()), RECORDS
     )
     assert relative_error(rows, plain) < 1e-6
+
+
+class InPlace(nn.Module):
+    """A layer whose output is changed in place, as many models do with their activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu_(self.first(x)))
+
+
+def test_an_output_may_be_changed_in_place():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = get_peft_model(InPlace(), LoraConfig(r=2, target_modules=["first"]))
+    stir(model)
+    adapter = tensors_of(model.requires_grad_(False))
+    engine = FusedEngine(model, adapter)
+    assert engine.num_fused == 1
+    x = torch.randn(RECORDS, 5, 6, generator=torch.Generator().manual_seed(3))
+    names = [name for name in adapter if "lora_" in name]
+    got = engine.per_record_gradients(names, lambda: model(x).square().sum((1, 2)), RECORDS)
+    slow = per_record_gradients_by_autograd(
+        {name: adapter[name] for name in names},
+        lambda j: model(x[j : j + 1]).square().sum((1, 2)),
+        RECORDS,
+    )
+    assert relative_error(got, slow) < 1e-5

@@ -278,3 +278,12 @@ def test_an_all_zero_record_adds_nothing_and_divides_by_nothing():
         g[0] = 0
         got = clip_and_sum({"w": form_of(form, g, x)}, 0.5)["w"]
         assert float(got.double().norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("width", [16_384, 262_144, 1_048_576])
+def test_small_numbers_beside_a_large_one_count_in_a_wide_tensor(width):
+    """Mistake: a float32 sum, to which each small square is too little to add."""
+    row = torch.full((1, width), 2.2e-4)
+    row[0, 0] = 1.0
+    clipped = clip_and_sum({"w": Rows(row)}, 1e-3)["w"].double().norm()
+    assert float(clipped) <= 1e-3 * (1 + 1e-6)
