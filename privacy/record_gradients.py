@@ -60,7 +60,7 @@ class Rows:
         # pieces only, and their squares in float64.
         flat = self._values.flatten(start_dim=1)
         whole = flat.shape[1] // _PIECE * _PIECE
-        pieces = _lengths(flat[:, :whole].unflatten(1, (-1, _PIECE))) if whole else flat[:, :0]
+        pieces = _lengths(flat[:, :whole].reshape(len(flat), -1, _PIECE)) if whole else flat[:, :0]
         rest = _lengths(flat[:, whole:])
         return (pieces.double().square().sum(dim=1) + rest.double().square()).float()
 
