@@ -96,3 +96,16 @@ def test_the_self_check_finds_one_wrong_record_among_right_ones():
     model = Factors()
     with pytest.raises(EngineError, match=r"by 0\.02"):
         check_engine(WrongOnOne(model), model.adapter, model.losses, 3)
+
+
+def test_the_self_check_tries_every_set_that_a_step_may_train():
+    class WrongOnAAlone(WrongOnA):
+        def per_record_gradients(self, active, losses, num_records):
+            rows = self._engine.per_record_gradients(active, losses, num_records)
+            return {name: row * (1.0 if len(active) > 1 else 1.1) for name, row in rows.items()}
+
+    model = Factors()
+    check_engine(WrongOnAAlone(model), model.adapter, model.losses, 3)
+    with pytest.raises(EngineError, match=r"a: gradients .* by 0\.1"):
+        check_engine(WrongOnAAlone(model), model.adapter, model.losses, 3, sets=[["a", "b"], ["a"]])
+    assert not model.b.weight.any()
