@@ -87,7 +87,8 @@ class Backbone:
     def share(self) -> Backbone:
         """Return a backbone whose module is another one, but whose tensors are these.
 
-        Layers can be wrapped or replaced in it without a trace here.
+        Layers can be wrapped or replaced in it without a trace here.  Tensors changed in place are
+        changed here, too (PEFT's ``merge_adapter`` does that, and nothing in this app).
         """
         memo: dict[int, Any] = {
             id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.module.parameters()
