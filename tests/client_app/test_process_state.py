@@ -45,13 +45,16 @@ OF_ONE_CLIENT = (
 )  # fmt: skip
 
 
-def look_for(tensors: list[torch.Tensor]) -> list[str]:
-    """Everything of one client that is still in this process: its objects, and its numbers."""
+def objects_of_clients() -> list[object]:
     gc.collect()
-    found = []
+    return [thing for thing in gc.get_objects() if isinstance(thing, OF_ONE_CLIENT)]
+
+
+def look_for(tensors: list[torch.Tensor], others: list[object]) -> list[str]:
+    """Everything of one client that is still in this process: its objects, and its numbers."""
+    known = {id(thing) for thing in others}  # those of other tests
+    found = [type(thing).__name__ for thing in objects_of_clients() if id(thing) not in known]
     for thing in gc.get_objects():
-        if isinstance(thing, OF_ONE_CLIENT):
-            found.append(type(thing).__name__)
         if isinstance(thing, UninitializedTensorMixin):  # of some library; has no shape to ask for
             continue
         if isinstance(thing, torch.Tensor) and not any(thing is own for own in tensors):
@@ -65,6 +68,7 @@ def look_for(tensors: list[torch.Tensor]) -> list[str]:
 def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
     """Looks: at every object that the garbage collector knows, after one client's round."""
     seen: list[torch.Tensor] = []
+    others = objects_of_clients()
     train_round, step = round_handler.train_round, PrivateGradient.step
 
     def noted_step(self, *args):
@@ -87,10 +91,10 @@ def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
         reply = handle_train(site.message(mode="both"), context)
         assert reply.has_error() is failing
         assert len(seen) > 10
-        found = look_for(seen)
+        found = look_for(seen, others)
         assert "Context" in found  # the looking finds what is there
         del context, reply
-    assert look_for(seen) == []
+    assert look_for(seen, others) == []
 
 
 def test_a_client_that_fails_leaves_nothing_behind_either(site, monkeypatch):
