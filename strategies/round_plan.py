@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self, get_args
 
+import numpy as np
 from flwr.app import ConfigRecord
 
 from .tensor_names import kind_of, layer_of
@@ -14,6 +15,9 @@ from .tensor_names import kind_of, layer_of
 Mode = Literal["A", "B", "both", "alternate"]
 Optimizer = Literal["sgd", "adamw"]
 ScoredBy = Literal["none", "block", "module"]
+
+# A larger rate cannot multiply a float32 gradient.
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,10 @@ class RoundPlan:
             raise ValueError(f"server_round must be >= 1, got {self.server_round}")
         if self.local_steps < 1:
             raise ValueError(f"local_steps must be >= 1, got {self.local_steps}")
+        for name in ("lr_a", "lr_b", "lr_head"):
+            rate = getattr(self, name)
+            if not 0 <= rate <= _LARGEST_FLOAT32:  # never true of a NaN
+                raise ValueError(f"{name} must be from 0 to {_LARGEST_FLOAT32:.2g}, got {rate}")
         for mode in (self.mode, *self.layer_modes.values()):
             if mode not in get_args(Mode):
                 raise ValueError(f"mode must be one of {get_args(Mode)}, got {mode!r}")

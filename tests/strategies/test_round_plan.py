@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from flwr.app import ConfigRecord
 from hypothesis import given
@@ -127,3 +129,9 @@ def test_spoilt_plans_are_refused(change, message):
     record = ConfigRecord({**dict(plan_of().to_record().items()), **change})
     with pytest.raises(ValueError, match=message):
         RoundPlan.from_record(record)
+
+
+@pytest.mark.parametrize("rate", [-0.1, math.nan, math.inf, 3.402823466385289e38])
+def test_a_rate_that_cannot_multiply_a_gradient_is_refused(rate):
+    with pytest.raises(ValueError, match="lr_b must be from 0 to"):
+        RoundPlan(server_round=1, mode="B", local_steps=1, lr_a=0.1, lr_b=rate, lr_head=0.1)
