@@ -160,7 +160,7 @@ def _open_folder(*, create: bool) -> Iterator[int | None]:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            pass  # nothing was kept yet
+            _LOGGER.debug("no calibration was kept yet")
         except (OSError, RuntimeError) as error:
             _LOGGER.debug("the folder of calibrations cannot be used: %s", error)
     try:
