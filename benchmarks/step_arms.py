@@ -132,7 +132,7 @@ class PrivateArm(Arm):
             target_delta=_DELTA,
         )
         self._gradient = PrivateGradient(
-            plan, self._engine, records, lambda indices: self._losses(), SecureSource()
+            plan, self._engine, records, lambda indices: self._losses(), SecureSource(), _MANY_STEPS
         )
         groups = [{"params": [subject.adapter[name]]} for name in self.active]
         self._optimizer = torch.optim.SGD(groups, lr=_LEARNING_RATE)

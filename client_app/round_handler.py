@@ -2,77 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import logging
-from collections.abc import Iterator
+import re
 
-import numpy as np
-import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from federation.messages import COUNT_KEY, FINGERPRINT_KEY, METRICS_KEY, ClientFailure
-from federation.settings import Settings, SettingsError
-from privacy import (
-    AccountingError,
-    BudgetExhausted,
-    EngineError,
-    PrivacyPlan,
-    PrivateGradient,
-    RandomSource,
-    SecureSource,
-    SeededTestSource,
-    StepBudget,
-)
-from strategies import (
-    PRIVACY_KEY,
-    ROUND_PLAN_KEY,
-    SCORES_KEY,
-    GradientEnergies,
-    NeedFull,
-    RoundPlan,
-    UnusableMessage,
-    ask_for_everything,
-    receive_adapter,
-    update_records,
-)
+from federation.messages import FINGERPRINT_KEY, TRAINING_KEY
+from federation.settings import Settings
+from privacy import PrivacyPlan, Request
+from strategies import ROUND_PLAN_KEY, NeedFull, RoundPlan, ask_for_everything, receive_adapter
 from task.backbones import backbone_loads
-from task.data import load_client_records
-from task.errors import DataError, ModelError
+from task.data import Records, data_stamp, load_client_records
 
-from .local_training import TrainingError, step_kind, train_round
+from .failures import BackboneDiffers, MessageError, failure_of, log_text
 from .placement import choose_device, choose_rank, set_threads
-from .session import open_session
+from .private_round import PaidRound, random_source
+from .replay import inputs_hash, pack_reply, unpack_reply
+from .reply_time import ReplyClock
+from .session import Session, open_session
+from .site import Site, open_site, who
 from .trace import MessageTrace, traced_message
 
 _LOGGER = logging.getLogger(__name__)
-_BUDGET_STATE = "budget"
-_CPU_MEMORY = "DefaultCPUAllocator"
-
-
-class MessageError(ValueError):
-    """A train message that this client cannot use."""
-
-
-class BackboneDiffers(ValueError):
-    """Server and client do not hold the same frozen weights."""
-
-
-# Which code stands for which exception; the first that fits.
-_FAILURES: tuple[tuple[type[Exception], ClientFailure], ...] = (
-    (SettingsError, ClientFailure.SETTINGS),
-    (MessageError, ClientFailure.MESSAGE),
-    (UnusableMessage, ClientFailure.MESSAGE),
-    (BackboneDiffers, ClientFailure.BACKBONE_DIFFERS),
-    (DataError, ClientFailure.DATA),
-    (ModelError, ClientFailure.MODEL),
-    (BudgetExhausted, ClientFailure.BUDGET_EXHAUSTED),
-    (AccountingError, ClientFailure.PRIVACY),
-    (EngineError, ClientFailure.PRIVACY),
-    (TrainingError, ClientFailure.PRIVACY),
-)
-_OWN_TEXTS = {code for _, code in _FAILURES}
+_TRAINING_ID = re.compile(r"[0-9A-Za-z]{8,64}")
 
 
 def handle_train(message: Message, context: Context) -> Message:
@@ -81,29 +33,24 @@ def handle_train(message: Message, context: Context) -> Message:
     Nothing is raised: Flower would forward the exception's text to the server, and its two
     engines differ in what they keep of ``context.state`` after an exception.
     """
+    clock = ReplyClock()
     try:
         with traced_message() as trace:
-            return Message(content=_train(message, context, trace), reply_to=message)
+            reply = Message(content=_train(message, context, trace, clock), reply_to=message)
     except Exception as error:
-        failure = _failure_of(error)
-        # Texts of our own errors quote no record; of any other only type and place are kept.
-        text = str(error) if failure in _OWN_TEXTS else _where(error)
-        _LOGGER.error("This client takes no part in the round: %s", text)
-    return Message(failure.to_error(), reply_to=message)
+        _LOGGER.error("This client takes no part in the round: %s", log_text(error))
+        reply = Message(failure_of(error).to_error(), reply_to=message)
+    clock.wait()
+    return reply
 
 
-def _failure_of(error: Exception) -> ClientFailure:
-    for kind, code in _FAILURES:
-        if isinstance(error, kind):
-            return code
-    # On the CPU torch raises a plain RuntimeError for want of memory.
-    memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_MEMORY in str(error)
-    return ClientFailure.OUT_OF_MEMORY if memory else ClientFailure.INTERNAL
-
-
-def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDict:
+def _train(
+    message: Message, context: Context, trace: MessageTrace, clock: ReplyClock
+) -> RecordDict:
     settings = Settings.from_run_config(context.run_config)
-    plan, fingerprint = _unpack(message)
+    site = open_site(settings, context)
+    clock.period = site.reply_at
+    plan, fingerprint, training = _unpack(message)
     if plan.scores != "none" and settings.strategy.score != "client":
         raise MessageError("the round plan asks for scores, strategy.score does not")
     rank = choose_rank(settings, context.node_config)
@@ -116,145 +63,72 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     threads = set_threads(context.node_config)
     with trace.span("session"):
         session = open_session(settings, device, rank)
-    model = session.task_model
-    if fingerprint != model.fingerprint:
+    if fingerprint != session.task_model.fingerprint:
         raise BackboneDiffers(
             f"the server's backbone has fingerprint {fingerprint[:16]}..., this client's "
-            f"{model.fingerprint[:16]}...: the frozen weights (model.name, model.revision, or the "
-            "cached embedded backbone) must be the same on all machines"
+            f"{session.task_model.fingerprint[:16]}...: the frozen weights (model.name, "
+            "model.revision, or the cached embedded backbone) must be the same on all machines"
         )
     with trace.span("records"):
-        records = load_client_records(
-            settings.data, model.encoder, context.node_config, seed=settings.seed
-        )
+        records = _records(settings, context, session, site, training)
+    counted = site.public_records(len(records))
     with trace.span("calibration"):
         privacy_plan = PrivacyPlan.for_client(
-            settings.privacy, num_records=len(records), steps=settings.total_steps
+            settings.privacy, num_records=counted, steps=settings.total_steps
         )
-    received = {name: torch.from_numpy(value) for name, value in adapter.items()}
-    model.load_adapter_state(received)
-    # Charged before the first step: a crash from here on costs budget, never privacy.
-    budget = _charge(context, privacy_plan, plan.local_steps)
-    gradient = PrivateGradient(
-        privacy_plan,
-        session.engine,
-        len(records),
-        lambda indices: model.per_record_losses(records.batch(indices)),
-        _source(settings, context, plan.server_round),
-        settings.privacy.max_physical_batch_size,
+    source = random_source(settings, context, plan.server_round)
+    request = Request(
+        dataset=site.dataset,
+        training=training,
+        server_round=plan.server_round,
+        inputs=inputs_hash(message, fingerprint),
+        plan=privacy_plan,
+        secure_noise=source.secure,
+        steps=plan.local_steps,
     )
-    kind = step_kind(plan.active(1, model.adapter))
-    noise_std = privacy_plan.noise_std(kind) / privacy_plan.expected_batch_size
-    energies = GradientEnergies(plan, noise_std) if plan.scores != "none" else None
-    try:
-        with _own_random_state(settings, context, plan.server_round):
-            update = train_round(plan, model.adapter, gradient, energies, trace)
-    finally:
-        model.load_adapter_state(received)  # this process may play another client next
+    with trace.span("ledger"):
+        earlier = site.ledger.find(request)
+        if earlier is not None and (repeated := unpack_reply(earlier)) is not None:
+            _LOGGER.info("Round %d was answered before: the same reply again", plan.server_round)
+            return repeated
+        # Charged before the first step: a crash from here on costs budget, never privacy.
+        charge = site.ledger.charge(request, site.limits)
+    paid = PaidRound(settings, session, records, counted, plan, privacy_plan, charge, source)
+    reply = paid.train(message, context, adapter, trace)
+    with trace.span("ledger"):
+        site.ledger.keep(charge, pack_reply(reply))  # on disk before it leaves
     trace.values.update(
         round=plan.server_round,
-        node=_who(context),
-        steps=gradient.steps_taken,
+        node=who(context),
+        steps=charge.steps,
         threads=threads,
         backbone_loads=backbone_loads(),
     )
-    metrics = MetricRecord()
-    if settings.strategy.weighting == "public-counts":
-        metrics[COUNT_KEY] = len(records)
-    rounding = np.random.default_rng((settings.seed, _who(context), plan.server_round))
-    values = {name: value.numpy() for name, value in update.items()}
-    reply = RecordDict(
-        {
-            **update_records(message, context.state, values, rounding),
-            METRICS_KEY: metrics,
-            PRIVACY_KEY: _statement(budget, settings, noise_std),
-        }
-    )
-    if energies is not None:
-        reply[SCORES_KEY] = MetricRecord(dict(energies.scores()))
     return reply
 
 
-def _unpack(message: Message) -> tuple[RoundPlan, str]:
+def _unpack(message: Message) -> tuple[RoundPlan, str, str]:
     config = message.content.get("config")
     plan = message.content.get(ROUND_PLAN_KEY)
     if not isinstance(config, ConfigRecord) or not isinstance(plan, ConfigRecord):
         raise MessageError(f"the train message lacks its config or its {ROUND_PLAN_KEY}")
     try:
-        return RoundPlan.from_record(plan), str(config[FINGERPRINT_KEY])
+        unpacked = RoundPlan.from_record(plan)
+        fingerprint, training = config[FINGERPRINT_KEY], config[TRAINING_KEY]
     except (KeyError, ValueError, TypeError) as error:
         raise MessageError(f"the train message cannot be read: {error}") from error
+    if not isinstance(training, str) or not _TRAINING_ID.fullmatch(training):
+        raise MessageError(f"{TRAINING_KEY} must be 8 to 64 letters and digits")
+    return unpacked, str(fingerprint), training
 
 
-def _charge(context: Context, plan: PrivacyPlan, steps: int) -> StepBudget:
-    """Charge a round to the run's budget, whose plan may not change once it has begun."""
-    numbers = json.dumps(dataclasses.asdict(plan))
-    state = context.state.config_records.get(_BUDGET_STATE)
-    if state is None:
-        state = ConfigRecord({"steps": 0, "plan": numbers})
-    if state["plan"] != numbers:
-        raise AccountingError(
-            "the privacy plan differs from that of the run's earlier rounds: the site's data or "
-            "the run config changed in the middle of the run"
-        )
-    budget = StepBudget(plan, charged=int(state["steps"]))  # type: ignore[arg-type]
-    budget.charge(steps)
-    context.state[_BUDGET_STATE] = ConfigRecord({"steps": budget.charged, "plan": numbers})
-    return budget
-
-
-def _who(context: Context) -> int:
-    """A number of this client's own: its partition in simulation, its node id elsewhere."""
-    return int(context.node_config.get("partition-id", context.node_id))
-
-
-def _source(settings: Settings, context: Context, server_round: int) -> RandomSource:
-    seed = settings.privacy.insecure_test_seed
-    if seed < 0:
-        return SecureSource()
-    return SeededTestSource((seed, _who(context), server_round))
-
-
-@contextlib.contextmanager
-def _own_random_state(settings: Settings, context: Context, server_round: int) -> Iterator[None]:
-    """Seed torch for adapter dropout, for this round only.
-
-    Without it an update would depend on which other clients this process played before.  The
-    seed is secret: a record's mask depends on its place in the batch, so with known masks one
-    record's absence would change the gradients of all that follow it.
-    """
-    words = _source(settings, context, server_round).words(1)
-    with torch.random.fork_rng():
-        torch.manual_seed(int(words[0] >> np.uint64(1)))
-        yield
-
-
-def _statement(budget: StepBudget, settings: Settings, noise_std: float) -> ConfigRecord:
-    """What the client's privacy rests on: public numbers only.
-
-    The noise on each value of a mean gradient, sigma C / b, tells the record count by b; it is
-    stated only where settings declare the count public.
-    """
-    plan = budget.plan
-    statement = ConfigRecord(
-        {
-            "sample-rate": plan.sample_rate,
-            "noise-multiplier": plan.noise_multiplier,
-            "target-delta": plan.target_delta,
-            "steps": budget.charged,
-            "secure-noise": settings.privacy.insecure_test_seed < 0,
-        }
-    )
-    if settings.counts_are_public:
-        statement["noise-std"] = noise_std
-    return statement
-
-
-def _where(error: Exception) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return type(error).__name__
-    code = trace.tb_frame.f_code
-    return f"{type(error).__name__} in {code.co_name}, {code.co_filename}:{trace.tb_lineno}"
+def _records(
+    settings: Settings, context: Context, session: Session, site: Site, training: str
+) -> Records:
+    """The client's records, once the ledger has seen them."""
+    encoder = session.task_model.encoder
+    # The stamp comes first: files that change while they are read are looked at again.
+    stamp = data_stamp(settings.data, context.node_config, seed=settings.seed)
+    records = load_client_records(settings.data, encoder, context.node_config, seed=settings.seed)
+    site.ledger.admit(site.dataset, training, stamp, records.digests)
+    return records

@@ -12,6 +12,7 @@ from flwr.app import Error
 FINGERPRINT_KEY = "backbone-fingerprint"
 METRICS_KEY = "metrics"
 COUNT_KEY = "num-examples"
+TRAINING_KEY = "training-id"
 
 
 class ClientFailure(enum.IntEnum):
@@ -25,6 +26,8 @@ class ClientFailure(enum.IntEnum):
     PRIVACY = 1006
     MESSAGE = 1007
     OUT_OF_MEMORY = 1008
+    POLICY = 1009
+    LEDGER = 1010
     INTERNAL = 1099
 
     def to_error(self) -> Error:
@@ -41,5 +44,7 @@ _REASONS = {
     ClientFailure.PRIVACY: "the client refused for privacy's sake (see the client's log)",
     ClientFailure.MESSAGE: "the client could not use the message (another version?)",
     ClientFailure.OUT_OF_MEMORY: "the client ran out of memory",
+    ClientFailure.POLICY: "the client's own policy does not allow this run (see its log)",
+    ClientFailure.LEDGER: "the client's privacy ledger cannot be used (see the client's log)",
     ClientFailure.INTERNAL: "the client failed (see the client's log)",
 }

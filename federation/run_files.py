@@ -19,6 +19,11 @@ def default_runs_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / "flower-dp-lora" / "runs"
 
 
+def runs_folder(output_dir: str) -> Path:
+    """Folder of all runs, by the setting ``output-dir``."""
+    return Path(output_dir).expanduser() if output_dir else default_runs_folder()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds all of it or what it held before, even in a crash."""
     with replacing(path) as file:
@@ -30,7 +35,7 @@ class RunFolder:
 
     ``settings.json`` (what was asked), ``metrics.jsonl`` (one line a round, round 0 first),
     ``checkpoint.npz`` (the server's state after the last whole round), ``result.json`` (the end,
-    written last), ``adapter/`` (PEFT's format).
+    written last), ``adapter/`` (PEFT's format), ``ledgers/`` (in simulation: the virtual clients').
 
     Parameters
     ----------
@@ -45,6 +50,7 @@ class RunFolder:
         self.settings = path / "settings.json"
         self.adapter = path / "adapter"
         self.checkpoint = path / "checkpoint.npz"
+        self.ledgers = path / "ledgers"
 
     @classmethod
     def create(cls, runs: Path, *, method: str, run_id: int) -> RunFolder:

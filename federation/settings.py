@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from privacy.asked_for import AskedFor
 from privacy.settings import PrivacySettings
 from strategies.settings import StrategySettings, WireSettings
 from task.settings import DataSettings, LoRASettings, ModelSettings
@@ -112,6 +113,30 @@ class Settings(BaseModel):
     def counts_are_public(self) -> bool:
         """Whether the settings declare the clients' record counts public."""
         return self.strategy.weighting == "public-counts" or self.privacy.expected_batch_size > 0
+
+    @property
+    def task(self) -> str:
+        """What is learned, as a site's policy names it."""
+        kind = "text" if self.model.source == "transformers" else "image"
+        return f"{kind}-classification"
+
+    @property
+    def asked_for(self) -> AskedFor:
+        """What a site's policy is asked to allow."""
+        tells = ""
+        if self.strategy.weighting == "public-counts":
+            tells = "strategy.weighting = 'public-counts'"
+        elif self.privacy.expected_batch_size:
+            tells = f"privacy.expected-batch-size = {self.privacy.expected_batch_size}"
+        return AskedFor(
+            task=self.task,
+            columns=self.data.columns_read(self.model.source == "transformers"),
+            mode=self.privacy.mode,
+            seeded_noise=self.privacy.insecure_test_seed >= 0,
+            target_epsilon=self.privacy.target_epsilon,
+            target_delta=self.privacy.target_delta,
+            tells_count=tells,
+        )
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Value]) -> Self:

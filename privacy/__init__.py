@@ -13,42 +13,68 @@ if TYPE_CHECKING:
     from .accounting import (
         AccountingError,
         calibrate_noise_multiplier,
+        composed_epsilon,
         cross_check,
         pld_epsilon,
         prv_epsilon,
         rdp_epsilon,
     )
+    from .asked_for import AskedFor
     from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
-    from .budget import BudgetExhausted, StepBudget
     from .clipping import clip_and_sum, joint_norms
     from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
     from .hook_engine import HookEngine
+    from .ledger import (
+        BudgetExhausted,
+        Charge,
+        DataChanged,
+        Ledger,
+        LedgerError,
+        LedgerRolledBack,
+        PlanChanged,
+        Request,
+    )
     from .low_pass import binomial_low_pass
     from .mechanism import PrivateGradient, privatize
     from .opacus_engine import OpacusEngine
     from .plan import PrivacyPlan, StepKind
+    from .policy import DatasetRules, PolicyError, PolicyRefusal, SitePolicy
+    from .privacy_filter import BudgetLimit, Spending
     from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
     from .sampling import PoissonSampler
     from .settings import PrivacySettings
 
 _HOMES = {
     "AccountingError": "accounting",
-    "BudgetExhausted": "budget",
+    "AskedFor": "asked_for",
+    "BudgetExhausted": "ledger",
+    "BudgetLimit": "privacy_filter",
+    "Charge": "ledger",
+    "DataChanged": "ledger",
+    "DatasetRules": "policy",
     "EngineError": "guards",
     "FusedEngine": "fused_engine",
     "GradientEngine": "engines",
     "HookEngine": "hook_engine",
+    "Ledger": "ledger",
+    "LedgerError": "ledger",
+    "LedgerRolledBack": "ledger",
     "OpacusEngine": "opacus_engine",
+    "PlanChanged": "ledger",
     "PoissonSampler": "sampling",
+    "PolicyError": "policy",
+    "PolicyRefusal": "policy",
     "PrivacyPlan": "plan",
     "PrivacySettings": "settings",
     "PrivateGradient": "mechanism",
     "RandomSource": "randomness",
+    "Request": "ledger",
     "SecureSource": "randomness",
     "SeededTestSource": "randomness",
-    "StepBudget": "budget",
+    "SitePolicy": "policy",
+    "Spending": "privacy_filter",
     "StepKind": "plan",
     "binomial_low_pass": "low_pass",
     "calibrate_noise_multiplier": "accounting",
@@ -56,6 +82,7 @@ _HOMES = {
     "clip_and_sum": "clipping",
     "clipped_sum_by_autograd": "autograd_reference",
     "coins": "randomness",
+    "composed_epsilon": "accounting",
     "cross_check": "accounting",
     "joint_norms": "clipping",
     "make_engine": "engines",
@@ -69,20 +96,33 @@ _HOMES = {
 
 __all__ = [
     "AccountingError",
+    "AskedFor",
     "BudgetExhausted",
+    "BudgetLimit",
+    "Charge",
+    "DataChanged",
+    "DatasetRules",
     "EngineError",
     "FusedEngine",
     "GradientEngine",
     "HookEngine",
+    "Ledger",
+    "LedgerError",
+    "LedgerRolledBack",
     "OpacusEngine",
+    "PlanChanged",
     "PoissonSampler",
+    "PolicyError",
+    "PolicyRefusal",
     "PrivacyPlan",
     "PrivacySettings",
     "PrivateGradient",
     "RandomSource",
+    "Request",
     "SecureSource",
     "SeededTestSource",
-    "StepBudget",
+    "SitePolicy",
+    "Spending",
     "StepKind",
     "binomial_low_pass",
     "calibrate_noise_multiplier",
@@ -90,6 +130,7 @@ __all__ = [
     "clip_and_sum",
     "clipped_sum_by_autograd",
     "coins",
+    "composed_epsilon",
     "cross_check",
     "joint_norms",
     "make_engine",

@@ -114,6 +114,37 @@ def pld_epsilon(
     return float(composed.get_epsilon_for_delta(delta))
 
 
+def composed_epsilon(
+    parts: tuple[tuple[float, float, int], ...], *, delta: float, interval: float = _FINAL_INTERVAL
+) -> float:
+    """Epsilon of several subsampled Gaussians composed, all fixed beforehand, by PLD.
+
+    Parameters
+    ----------
+    parts : tuple of (float, float, int)
+        Sample rate, noise multiplier and steps of each.
+    delta, interval : float
+        As for :func:`pld_epsilon`, whose guarantee and exclusions are these.
+
+    Raises
+    ------
+    AccountingError
+        For numbers that no mechanism has.
+    """
+    if len(parts) == 1:
+        rate, noise, steps = parts[0]
+        return pld_epsilon(
+            sample_rate=rate, noise_multiplier=noise, steps=steps, delta=delta, interval=interval
+        )
+    composed = None
+    for rate, noise, steps in parts:
+        _check(rate, noise, steps, delta)
+        if steps:
+            part = _one_step(rate, noise, interval).self_compose(steps)
+            composed = part if composed is None else composed.compose(part)
+    return 0.0 if composed is None else float(composed.get_epsilon_for_delta(delta))
+
+
 def prv_epsilon(
     *, sample_rate: float, noise_multiplier: float, steps: int, delta: float, error: float = 0.01
 ) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .ledger.errors import BudgetExhausted
 from .plan import PrivacyPlan, StepKind
 from .randomness import RandomSource, standard_normal
 from .sampling import PoissonSampler
@@ -68,13 +69,19 @@ class PrivateGradient:
         Never called with an empty batch.
     source : RandomSource
         Coins and noise.
+    charged : int
+        Steps that were paid for; not one more is taken.
     max_physical_batch_size : int (default: 0)
         Most records in the model at once; 0: the whole batch.
+    public_records : int (default: 0)
+        The figure that stands for ``num_records`` in the plan; 0: the number itself.
 
     Attributes
     ----------
     steps_taken : int
         Steps released so far, empty batches included.
+    secure : bool
+        Whether nobody can reproduce the noise.
     """
 
     def __init__(
@@ -84,15 +91,19 @@ class PrivateGradient:
         num_records: int,
         losses: Losses,
         source: RandomSource,
+        charged: int,
         max_physical_batch_size: int = 0,
+        public_records: int = 0,
     ) -> None:
         self.plan = plan
         self.steps_taken = 0
+        self.secure = source.secure
+        self._charged = charged
         self._engine = engine
         self._losses = losses
         self._source = source
         self._max_physical_batch_size = max_physical_batch_size
-        self._sampler = PoissonSampler(plan, num_records, source)
+        self._sampler = PoissonSampler(plan, num_records, source, public_records)
 
     def step(self, active: Sequence[str], kind: StepKind) -> dict[str, Tensor]:
         """One step's privatised mean gradient of the active tensors.
@@ -109,9 +120,16 @@ class PrivateGradient:
         Notes
         -----
         Formal guarantee: ``steps_taken`` calls cost ``plan.epsilon(steps_taken)`` at
-        ``plan.target_delta``; what is done with the result is post-processing.  The caller
-        charges the steps before the first call.
+        ``plan.target_delta``; what is done with the result is post-processing.
+
+        Raises
+        ------
+        BudgetExhausted
+            If all steps that were charged are taken; nothing is computed then.
         """
+        if self.steps_taken >= min(self._charged, self.plan.steps):
+            raise BudgetExhausted(f"all {self.steps_taken} steps that were charged are taken")
+        self.steps_taken += 1  # also if what follows fails
         indices = self._sampler.draw()
         sums = clipped_sum_in_parts(
             self._engine,
@@ -121,6 +139,4 @@ class PrivateGradient:
             self.plan.clip_norm(kind),
             self._max_physical_batch_size,
         )
-        released = privatize(sums, self.plan, kind, self._source)
-        self.steps_taken += 1
-        return released
+        return privatize(sums, self.plan, kind, self._source)

@@ -15,11 +15,13 @@ class PoissonSampler:
     Parameters
     ----------
     plan : PrivacyPlan
-        Gives the rate q; its ``expected_batch_size`` must be q x ``num_records``.
+        Gives the rate q; its ``expected_batch_size`` must be q x ``public_records``.
     num_records : int
         Number of records the client holds.
     source : RandomSource
         The coins.
+    public_records : int (default: 0)
+        The figure that stands for ``num_records`` in the plan; 0: the number itself.
 
     Notes
     -----
@@ -28,14 +30,17 @@ class PoissonSampler:
     are returned as drawn: dropping, topping up or truncating them would void it.
     """
 
-    def __init__(self, plan: PrivacyPlan, num_records: int, source: RandomSource) -> None:
+    def __init__(
+        self, plan: PrivacyPlan, num_records: int, source: RandomSource, public_records: int = 0
+    ) -> None:
         if num_records < 1:
             raise ValueError(f"cannot sample from {num_records} records")
-        expected = plan.sample_rate * num_records
+        public = public_records or num_records
+        expected = plan.sample_rate * public
         if abs(expected - plan.expected_batch_size) > 1e-6 * expected:
             raise ValueError(
                 f"the plan is for an expected batch of {plan.expected_batch_size}, but rate "
-                f"{plan.sample_rate} on {num_records} records gives {expected}"
+                f"{plan.sample_rate} on {public} records gives {expected}"
             )
         self._rate = plan.sample_rate
         self._num_records = num_records

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from logging import INFO, WARNING
-from pathlib import Path
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord
@@ -11,7 +10,7 @@ from flwr.common import log
 from flwr.serverapp import Grid
 
 from federation.messages import COUNT_KEY, FINGERPRINT_KEY
-from federation.run_files import RunFolder, default_runs_folder
+from federation.run_files import RunFolder, runs_folder
 from federation.settings import Settings
 from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
 from task.data import load_test_records, num_labels
@@ -20,7 +19,7 @@ from task.model import build_task_model
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
-from .resume import RunAccount, find_earlier_run, take_over
+from .resume import TrainingId, find_earlier_run, take_over
 
 
 class NothingLearned(RuntimeError):
@@ -68,9 +67,10 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     SettingsError
         If ``resume`` names no run that these settings could go on from.
     """
-    runs = Path(settings.output_dir).expanduser() if settings.output_dir else default_runs_folder()
     earlier = find_earlier_run(settings) if settings.resume else None
-    folder = RunFolder.create(runs, method=settings.strategy.method, run_id=run_id)
+    folder = RunFolder.create(
+        runs_folder(settings.output_dir), method=settings.strategy.method, run_id=run_id
+    )
     folder.write_settings(settings.model_dump(by_alias=True))
     log(INFO, "Run folder: %s", folder.path)
     _warn_if_not_private(settings)
@@ -92,8 +92,11 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     rounds = settings.strategy.num_rounds
     every = settings.strategy.evaluate_every
     observer = Observer(folder, rounds, strategy, model, test, validation, tracker, every)
-    account = RunAccount(tracker, settings.strategy.local_steps)
-    checkpoint = Checkpoint(folder.checkpoint, {"observer": observer, "account": account})
+    train_config = ConfigRecord({FINGERPRINT_KEY: model.fingerprint})
+    training = TrainingId(train_config)
+    checkpoint = Checkpoint(
+        folder.checkpoint, {"observer": observer, "account": tracker, "training": training}
+    )
     if earlier is not None:
         take_over(earlier, folder)
     strategy.start(
@@ -103,7 +106,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         ),
         num_rounds=rounds,
         timeout=settings.strategy.round_timeout,
-        train_config=ConfigRecord({FINGERPRINT_KEY: model.fingerprint}),
+        train_config=train_config,
         evaluate_fn=observer,
         checkpoint=checkpoint,
         early_stopping=_early_stopping(settings),

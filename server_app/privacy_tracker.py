@@ -60,7 +60,8 @@ class Statement:
 def _after(old: Statement | None, new: Statement | None) -> Statement | None:
     """What a client has spent by its words so far; nothing released is ever taken back.
 
-    A count that falls is one that started again (a SuperNode keeps it in memory only): both
+    Sites count a training's steps in their ledgers, over restarts and resumed runs.  A count that
+    falls all the same is one that started again (a simulated client whose ledger was lost): both
     parts were spent.
     """
     if old is None or new is None:
@@ -98,8 +99,6 @@ class PrivacyTracker:
         self._most_steps = most_steps
         self._most_epsilon = _LARGEST_FACTOR * target_epsilon
         self._statements: dict[int, Statement | None] = {}
-        self._earlier: list[Statement | None] = []
-        self._lost_steps = 0
 
     def observe(self, node: int, message: Message) -> None:
         """Take note of a reply, whether or not it enters the mean: it was released."""
@@ -107,51 +106,18 @@ class PrivacyTracker:
             message, target_delta=self._target_delta, most_steps=self._most_steps
         )
         if node in self._statements:
-            self._statements[node] = _after(self._statements[node], new)
-        else:
-            self._statements[node] = self._joining(new)
-
-    def begin_again(self, lost_steps: int) -> None:
-        """Go on in a new run of Flower, in which clients count from zero and may be renamed.
-
-        Parameters
-        ----------
-        lost_steps : int
-            Steps of the round in which the earlier run was cut off.  It is asked for again, and
-            clients may have released it already; counting it twice can only overstate.
-        """
-        for node, one in self._statements.items():
-            if one is not None:
-                spent = one.steps + lost_steps
-                self._statements[node] = dataclasses.replace(one, before=spent, stated=0)
-        self._lost_steps += lost_steps
-        self._earlier = sorted(set(self._statements.values()), key=repr)
-
-    def _joining(self, new: Statement | None) -> Statement | None:
-        """A node not seen before; after a restart it may be any of the earlier ones, renamed."""
-        if new is None or None in self._earlier:
-            return None
-        same = [
-            one.before
-            for one in self._earlier
-            if one is not None
-            and (one.sample_rate, one.noise_multiplier) == (new.sample_rate, new.noise_multiplier)
-        ]
-        return dataclasses.replace(new, before=max(same, default=self._lost_steps))
+            new = _after(self._statements[node], new)
+        self._statements[node] = new
 
     def state_dict(self) -> dict[str, Any]:
         """Every client's statement so far; ``None`` for one that guarantees nothing."""
         return {
             "clients": {str(node): _packed(one) for node, one in sorted(self._statements.items())},
-            "earlier": [_packed(one) for one in self._earlier],
-            "lost-steps": self._lost_steps,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._statements = {int(node): _unpacked(one) for node, one in state["clients"].items()}
-        self._earlier = [_unpacked(one) for one in state["earlier"]]
-        self._lost_steps = int(state["lost-steps"])
 
     def largest_epsilon(self) -> float:
         """Largest epsilon spent so far by any client; 0 before the first reply.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.app import ConfigRecord
+
+from federation.messages import TRAINING_KEY
 from federation.run_files import RunFolder, write_atomically
 from federation.settings import Settings, SettingsError
 from strategies.atomic_file import replacing
-
-from .privacy_tracker import PrivacyTracker
 
 # What a run may change in the middle: where it looks and writes, and how long it waits.
 _MAY_DIFFER = {
@@ -27,34 +29,29 @@ _MAY_DIFFER = {
 _TAKEN_OVER = "resumed-by.txt"
 
 
-class RunAccount:
-    """The clients' privacy statements, as part of a checkpoint.
+class TrainingId:
+    """Names a training to its sites; a run that goes on keeps the id of the one that was cut off.
+
+    A site keeps its account of the training, and its replies, by it: a round that is asked for
+    again with the same inputs gets the same bytes and costs nothing.
 
     Parameters
     ----------
-    tracker : PrivacyTracker
-        Holds them.
-    steps : int
-        Private steps of a round.
-
-    Notes
-    -----
-    A run that goes on counts one more round for every client: the one in which it was cut off may
-    have been released, and is asked for again.
+    train_config : ConfigRecord
+        What goes with every train message; gets the id.
     """
 
-    def __init__(self, tracker: PrivacyTracker, steps: int) -> None:
-        self._tracker = tracker
-        self._steps = steps
+    def __init__(self, train_config: ConfigRecord) -> None:
+        self._config = train_config
+        self._config[TRAINING_KEY] = secrets.token_hex(16)
 
     def state_dict(self) -> dict[str, Any]:
-        """The statements so far."""
-        return self._tracker.state_dict()
+        """The id."""
+        return {"id": self._config[TRAINING_KEY]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from them, the lost round counted."""
-        self._tracker.load_state_dict(state)
-        self._tracker.begin_again(self._steps)
+        """Go on under the same id."""
+        self._config[TRAINING_KEY] = str(state["id"])
 
 
 def find_earlier_run(settings: Settings) -> RunFolder:
@@ -100,6 +97,8 @@ def take_over(earlier: RunFolder, folder: RunFolder) -> None:
     """
     with earlier.checkpoint.open("rb") as source, replacing(folder.checkpoint) as target:
         shutil.copyfileobj(source, target)
+    if earlier.ledgers.is_dir():  # of a simulation, whose virtual clients go on with theirs
+        shutil.copytree(earlier.ledgers, folder.ledgers)
     write_atomically(earlier.path / _TAKEN_OVER, f"{folder.path}\n")
 
 

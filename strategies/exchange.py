@@ -10,7 +10,7 @@ from logging import WARNING
 from flwr.app import Message
 from flwr.common import log
 from flwr.serverapp import Grid
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 
 _PUSHED_AT_ONCE = 64
 # What Flower's parsers raise on bytes that are no message.

@@ -107,8 +107,7 @@ def run_rounds(
     if done is None:
         done = 0
         _evaluate(evaluate_fn, 0, result)
-    elif checkpoint:
-        # What companions count on resuming (a round that may have been lost) is counted for good.
+    if checkpoint:  # also before the first round: what it asks for can be asked for again
         checkpoint.save(_state(strategy, done, result), result.arrays)
     for server_round in range(done + 1, num_rounds + 1):
         if early_stopping and early_stopping.is_over(result.evaluate_metrics_serverapp):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -63,6 +64,15 @@ class EncodedImages:
         for index in range(len(self)):
             self._open(index).close()
 
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of the encoded image, as it lies in its file or cell."""
+        try:
+            stream = _stream(self._sources[index], self._folder)
+            content = stream.read_bytes() if isinstance(stream, Path) else stream.getvalue()
+        except OSError:
+            raise self._unreadable(index) from None
+        return hashlib.sha256(content).digest()
+
     def _open(self, index: int) -> Image.Image:
         source = self._sources[index]
         try:
@@ -91,12 +101,12 @@ def image_inputs(images: EncodedImages, encoder: ImageEncoder) -> ImageInputs:
     """Decode small sets at once, so that a bad image shows up before anything is spent."""
     if len(images) * encoder.channels * encoder.size**2 > HELD_BYTES:
         images.check()
-        return ImageInputs(encoder, images)
+        return ImageInputs(encoder, images, images.digest)
     shape = (len(images), encoder.channels, encoder.size, encoder.size)
     pixels = np.empty(shape, np.uint8)
     for index in range(len(images)):
         pixels[index] = images[index]
-    return ImageInputs(encoder, pixels)
+    return ImageInputs(encoder, pixels, images.digest)
 
 
 def array_inputs(array: npt.NDArray[Any], encoder: ImageEncoder, where: str) -> ImageInputs:
@@ -125,7 +135,12 @@ def array_inputs(array: npt.NDArray[Any], encoder: ImageEncoder, where: str) -> 
     pixels = np.empty((len(array), encoder.channels, size, size), np.uint8)
     for index, image in enumerate(array):
         pixels[index] = encoder.pixels(np.ascontiguousarray(image))
-    return ImageInputs(encoder, pixels)
+    digests = [_digest(image) for image in array]
+    return ImageInputs(encoder, pixels, digests.__getitem__)
+
+
+def _digest(image: npt.NDArray[Any]) -> bytes:
+    return hashlib.sha256(f"{image.shape}".encode() + image.tobytes()).digest()
 
 
 def _to_bytes(array: npt.NDArray[Any], where: str) -> npt.NDArray[np.uint8]:

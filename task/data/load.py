@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +63,40 @@ def load_client_records(
             f"this client has too few records; data.min-records asks for {settings.min_records}"
         )
     return records
+
+
+def data_stamp(settings: DataSettings, node_config: NodeConfig, *, seed: int) -> str:
+    """Tell cheaply whether a client's records may be others than they were.
+
+    Parameters
+    ----------
+    settings, node_config, seed
+        As for :func:`load_client_records`.
+
+    Returns
+    -------
+    str
+        Hash of what chooses the records and of the names, sizes and times of their files.  Other
+        stamps need not mean other records; images that a table names by path are not looked at.
+    """
+    chosen: list[Any] = [settings.model_dump(mode="json")]
+    if "data-path" in node_config:
+        path = Path(str(node_config["data-path"])).expanduser()
+    else:
+        path = Path(settings.path).expanduser()
+        chosen += [seed, *(node_config.get(key) for key in ("partition-id", "num-partitions"))]
+    if settings.path or "data-path" in node_config:
+        try:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            chosen += [(str(f.relative_to(path.parent)), *_marks(f)) for f in files]
+        except OSError:
+            raise DataError("the data's files cannot be looked at") from None
+    return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
+
+
+def _marks(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def load_test_records(settings: DataSettings, encoder: Encoder) -> Records:
@@ -186,13 +222,19 @@ def _table_inputs(
         if settings.text_pair_column:
             pair_column = settings.text_pair_column
             pairs = tables.texts(table, pair_column, "data.text-pair-column", where)
-        return TextInputs(encoder, encoder.tokens(texts, pairs))
+        return TextInputs(encoder, encoder.tokens(texts, pairs), _text_digests(texts, pairs))
     if not isinstance(encoder, ImageEncoder):
         raise TypeError(f"no loader for a {type(encoder).__name__}")
     name = settings.image_column
     cells = tables.image_cells(table, name, where)
     images = EncodedImages(encoder, cells[name], file.parent, f"{where}, column {name!r}")
     return image_inputs(images, encoder)
+
+
+def _text_digests(texts: Sequence[str], pairs: Sequence[str] | None) -> list[bytes]:
+    # JSON keeps ("ab", "c") and ("a", "bc") apart.
+    both = texts if pairs is None else zip(texts, pairs, strict=True)
+    return [hashlib.sha256(json.dumps(one).encode()).digest() for one in both]
 
 
 def _load_folder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +23,10 @@ class Inputs(Protocol):
     def tensors(self, indices: npt.NDArray[np.int64]) -> dict[str, Tensor]:
         """Return the model's inputs for these records, as CPU tensors."""
 
+    @property
+    def digest(self) -> Callable[[int], bytes]:
+        """SHA-256 of a record's raw content, the label left out: the same for every model."""
+
 
 class PixelRows(Protocol):
     """Images in the encoder's size: an array, or files that are decoded when asked for."""
@@ -33,11 +37,24 @@ class PixelRows(Protocol):
 
 
 class ImageInputs:
-    """Images in the encoder's size."""
+    """Images in the encoder's size.
 
-    def __init__(self, encoder: ImageEncoder, rows: PixelRows) -> None:
+    Parameters
+    ----------
+    encoder : ImageEncoder
+        Makes tensors of pixels.
+    rows : PixelRows
+        The images.
+    digest : callable
+        SHA-256 of the raw content of image ``index``.
+    """
+
+    def __init__(
+        self, encoder: ImageEncoder, rows: PixelRows, digest: Callable[[int], bytes]
+    ) -> None:
         self._encoder = encoder
         self._rows = rows
+        self.digest = digest
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -54,9 +71,12 @@ class ImageInputs:
 class TextInputs:
     """Texts as tokens."""
 
-    def __init__(self, encoder: TextEncoder, rows: Sequence[Tokens]) -> None:
+    def __init__(
+        self, encoder: TextEncoder, rows: Sequence[Tokens], digests: Sequence[bytes]
+    ) -> None:
         self._encoder = encoder
         self._rows = rows
+        self.digest = digests.__getitem__
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -102,6 +122,16 @@ class Records:
     def subset(self, indices: Indices) -> Records:
         """Return some of these records, in the order of ``indices``, without copying them."""
         return Records(self._inputs, self._all_labels, self._rows[_as_array(indices)])
+
+    def digests(self) -> list[bytes]:
+        """SHA-256 of the raw content of each record, its label left out, in order.
+
+        Raises
+        ------
+        DataError
+            If a file cannot be read.
+        """
+        return [self._inputs.digest(int(row)) for row in self._rows]
 
     def batch(self, indices: Indices) -> dict[str, Tensor]:
         """Return records as CPU tensors, ``labels`` (int64) among them; may be empty.

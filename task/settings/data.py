@@ -110,6 +110,13 @@ class DataSettings(Settings):
         "decides when to stop early; accuracy is reported on the others.",
     )
 
+    def columns_read(self, texts: bool) -> tuple[str, ...]:
+        """Columns of a site's table that are read; none where the data are no table."""
+        if self.source not in TABLE_SOURCES:
+            return ()
+        inputs = [self.text_column, self.text_pair_column] if texts else [self.image_column]
+        return tuple(name for name in (*inputs, self.label_column) if name)
+
     @model_validator(mode="after")
     def _where_fits_source(self) -> Self:
         because = f"data.source is {self.source!r}"

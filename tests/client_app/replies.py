@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from flwr.app import Context, Message
 
 from federation.messages import ClientFailure
+from privacy import Ledger, LedgerError
 from tests.federation.tiny import TRAIN_RECORDS
 
 CANARY = "patient-4711-hiv-positive"
@@ -32,9 +35,24 @@ def failure_of(reply: Message) -> ClientFailure:
     return failure
 
 
+def ledger_of(context: Context) -> Ledger:
+    """The ledger of a simulated client whose run has no folder of its own."""
+    ledgers = Path(context.run_config["output-dir"]) / "ledgers" / str(context.run_id)
+    name = f"client-{context.node_config['partition-id']}"
+    return Ledger(ledgers / name, ledgers / "heads" / f"{name}.json")
+
+
 def charged(context: Context) -> int:
-    record = context.state.config_records.get("budget")
-    return 0 if record is None else record["steps"]
+    """All steps that its ledger was ever charged; 0 where no ledger was made."""
+    if "partition-id" not in context.node_config:
+        return 0
+    try:
+        plans = ledger_of(context).book().plans.values()
+    except LedgerError as error:
+        if "there is none" in str(error):
+            return 0
+        raise
+    return sum(plan.steps for plan in plans)
 
 
 def fail_with(error: Exception):

@@ -13,7 +13,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import client_app.session as session_module
-from client_app import round_handler
+from client_app import private_round, round_handler
+from client_app.local_training import TrainingError
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
 from privacy import AccountingError, EngineError
@@ -32,7 +33,9 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 
         ({"strategy__no_such": 1}, None, ClientFailure.SETTINGS),
         ({"device": "tpu"}, None, ClientFailure.SETTINGS),
         ({}, {"partition-id": 0, "num-partitions": 3, "device": "tpu"}, ClientFailure.SETTINGS),
-        ({}, {"data-path": f"/no/such/{CANARY}.npz"}, ClientFailure.DATA),
+        ({}, {"data-path": f"/no/such/{CANARY}.npz"}, ClientFailure.POLICY),
+        ({}, {"data-path": "/data.npz", "policy": f"/no/{CANARY}.toml"}, ClientFailure.POLICY),
+        ({}, {"partition-id": 0, "num-partitions": 3, "policy": "/p"}, ClientFailure.POLICY),
         ({}, {}, ClientFailure.DATA),
         ({}, {"partition-id": 3, "num-partitions": 3}, ClientFailure.DATA),
         ({"data__min_records": RECORDS + 1}, None, ClientFailure.DATA),
@@ -60,7 +63,7 @@ def test_another_backbone_is_refused_before_data_are_read(site, monkeypatch):
     [
         (EngineError("couples records"), ClientFailure.PRIVACY),
         (AccountingError("in doubt"), ClientFailure.PRIVACY),
-        (round_handler.TrainingError("moved"), ClientFailure.PRIVACY),
+        (TrainingError("moved"), ClientFailure.PRIVACY),
         (DataError("no such file"), ClientFailure.DATA),
         (ModelError("does not fit"), ClientFailure.MODEL),
         (MemoryError(CANARY), ClientFailure.OUT_OF_MEMORY),
@@ -75,14 +78,15 @@ def test_another_backbone_is_refused_before_data_are_read(site, monkeypatch):
 )
 @pytest.mark.parametrize("place", ["load_client_records", "open_session", "train_round"])
 def test_an_exception_becomes_a_code_wherever_it_is_raised(site, monkeypatch, place, error, code):
-    monkeypatch.setattr(round_handler, place, fail_with(error))
+    module = private_round if place == "train_round" else round_handler
+    monkeypatch.setattr(module, place, fail_with(error))
     assert failure_of(handle_train(site.message(), site.context())) is code
 
 
 def test_torch_still_words_a_lack_of_cpu_memory_as_the_client_expects(site, monkeypatch):
     """It raises a plain RuntimeError, which is known by its text alone."""
     monkeypatch.setattr(
-        round_handler, "train_round", lambda *_args: torch.empty(2**60, dtype=torch.uint8)
+        private_round, "train_round", lambda *_args: torch.empty(2**60, dtype=torch.uint8)
     )
     reply = handle_train(site.message(), site.context())
     assert failure_of(reply) is ClientFailure.OUT_OF_MEMORY
@@ -100,7 +104,7 @@ def test_no_word_of_an_unexpected_exception_leaves_or_is_logged(
         except error_type as cause:
             raise error_type(f"while reading {CANARY}") from cause
 
-    monkeypatch.setattr(round_handler, "train_round", fail)
+    monkeypatch.setattr(private_round, "train_round", fail)
     with caplog.at_level(logging.DEBUG):
         reply = handle_train(site.message(), site.context())
     assert failure_of(reply) is ClientFailure.INTERNAL

@@ -8,8 +8,9 @@ import math
 import torch
 from torch import nn
 
-from client_app import round_handler
-from client_app.round_handler import _own_random_state, handle_train
+from client_app import private_round
+from client_app.private_round import own_random_state
+from client_app.round_handler import handle_train
 from privacy import HookEngine
 
 DROPOUT = {"lora__lora_dropout": 0.5}
@@ -18,13 +19,13 @@ DROPOUT = {"lora__lora_dropout": 0.5}
 def seeds_of(site, monkeypatch, **changes) -> list[int]:
     """Torch's seed inside the round, for the same message twice."""
     seen: list[int] = []
-    train_round = round_handler.train_round
+    train_round = private_round.train_round
 
     def watch(*args):
         seen.append(torch.initial_seed())
         return train_round(*args)
 
-    monkeypatch.setattr(round_handler, "train_round", watch)
+    monkeypatch.setattr(private_round, "train_round", watch)
     for _ in range(2):
         assert handle_train(site.message(), site.context(0, **DROPOUT, **changes)).has_content()
     return seen
@@ -73,7 +74,7 @@ def test_why_known_masks_break_the_bound(site):
     model, everybody = Dropped(), list(range(30))
     known = site.settings(privacy__insecure_test_seed=0)
     whole, fewer = (
-        model.total(rows, _own_random_state(known, site.context(), 1))
+        model.total(rows, own_random_state(known, site.context(), 1))
         for rows in (everybody, everybody[1:])
     )
     assert math.sqrt(float((whole - fewer).square().sum())) > 2.0

@@ -75,7 +75,8 @@ class Net(nn.Module):
 
     def gradient(self, numbers=PRIVATE) -> PrivateGradient:
         engine = HookEngine(self, self.adapter)
-        return PrivateGradient(privacy_plan(numbers), engine, RECORDS, self.losses, SecureSource())
+        plan = privacy_plan(numbers)
+        return PrivateGradient(plan, engine, RECORDS, self.losses, SecureSource(), plan.steps)
 
     def snapshot(self):
         return {name: p.detach().clone() for name, p in self.named_parameters()}

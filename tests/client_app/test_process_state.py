@@ -13,10 +13,11 @@ from flwr.app import Context, Message
 from torch.nn.parameter import UninitializedTensorMixin
 
 import client_app.session as session_module
-from client_app import round_handler
-from client_app.round_handler import _source, handle_train
+from client_app import private_round
+from client_app.private_round import random_source
+from client_app.round_handler import handle_train
 from client_app.trace import MessageTrace
-from privacy import PoissonSampler, PrivacyPlan, PrivateGradient, SeededTestSource, StepBudget
+from privacy import Charge, PoissonSampler, PrivacyPlan, PrivateGradient, SeededTestSource
 from privacy.record_pass import RecordPass
 from strategies import GradientEnergies
 from tests.client_app.conftest import forget_process
@@ -40,7 +41,7 @@ def test_virtual_clients_do_not_leak_into_each_other(site):
 
 
 OF_ONE_CLIENT = (
-    PrivateGradient, PoissonSampler, PrivacyPlan, StepBudget, SeededTestSource, RecordPass,
+    PrivateGradient, PoissonSampler, PrivacyPlan, Charge, SeededTestSource, RecordPass,
     GradientEnergies, MessageTrace, torch.optim.Optimizer, Message, Context,
 )  # fmt: skip
 
@@ -69,7 +70,7 @@ def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
     """Looks: at every object that the garbage collector knows, after one client's round."""
     seen: list[torch.Tensor] = []
     others = objects_of_clients()
-    train_round, step = round_handler.train_round, PrivateGradient.step
+    train_round, step = private_round.train_round, PrivateGradient.step
 
     def noted_step(self, *args):
         released = step(self, *args)
@@ -85,7 +86,7 @@ def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
         return update
 
     with monkeypatch.context() as patch:
-        patch.setattr(round_handler, "train_round", noted_round)
+        patch.setattr(private_round, "train_round", noted_round)
         patch.setattr(PrivateGradient, "step", noted_step)
         context = site.context(0)
         reply = handle_train(site.message(mode="both"), context)
@@ -99,14 +100,14 @@ def test_nothing_of_a_client_is_left_in_the_process(site, monkeypatch, failing):
 
 def test_a_client_that_fails_leaves_nothing_behind_either(site, monkeypatch):
     alone = handle_train(site.message(), site.context(1, **SEEDED))
-    train_round = round_handler.train_round
+    train_round = private_round.train_round
 
     def train_and_fail(*args):
         train_round(*args)
         raise RuntimeError(CANARY)
 
     with monkeypatch.context() as patch:
-        patch.setattr(round_handler, "train_round", train_and_fail)
+        patch.setattr(private_round, "train_round", train_and_fail)
         assert handle_train(site.message(), site.context(0, **SEEDED)).has_error()
     assert same(alone, handle_train(site.message(), site.context(1, **SEEDED)))
 
@@ -177,7 +178,7 @@ def test_test_streams_differ_by_seed_partition_and_round(site):
     """A stream that meets two different inputs gives their difference away."""
     streams = {
         tuple(
-            _source(
+            random_source(
                 site.settings(privacy__insecure_test_seed=seed), site.context(part), round_
             ).words(4)
         )

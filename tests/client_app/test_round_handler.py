@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import client_app.session as session_module
-from client_app import round_handler
+from client_app import private_round
 from client_app.round_handler import handle_train
 from privacy import PrivacyPlan, PrivacySettings
 from strategies import ROUND_PLAN_KEY, STRATEGIES
@@ -91,14 +91,14 @@ def test_an_update_says_what_the_adapter_did_in_training(site, monkeypatch):
     """The server's tensor plus the update is the client's tensor, which then is put back."""
     before = site.server_model.adapter_state()
     trained = {}
-    train_round = round_handler.train_round
+    train_round = private_round.train_round
 
     def noted(plan, adapter, *others):
         update = train_round(plan, adapter, *others)
         trained.update({name: p.detach().clone() for name, p in adapter.items()})
         return update
 
-    monkeypatch.setattr(round_handler, "train_round", noted)
+    monkeypatch.setattr(private_round, "train_round", noted)
     reply = handle_train(site.message(), site.context())
     for name, value in update_of(reply).items():
         torch.testing.assert_close(trained[name] - before[name],

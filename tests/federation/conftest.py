@@ -43,6 +43,8 @@ def federate(tiny: RunConfig, runs: Path) -> Federate:
         config = changed({**tiny, "output-dir": str(runs)}, **changes)
         grid = grid_type(handlers or [handle_train] * 3, config)
         run_id = next(ids) if run_id is None else run_id
+        for context in grid.contexts:
+            context.run_id = run_id
         return run_federation(grid, Settings.from_run_config(config), run_id=run_id), grid
 
     return run

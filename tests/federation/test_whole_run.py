@@ -55,7 +55,7 @@ def adapter_bytes(folder) -> bytes:
 
 def without_data(message, context):
     """A client whose file is not there."""
-    context.node_config = {"data-path": "/no/such/file.npz"}
+    context.node_config = {**context.node_config, "partition-id": 99}
     return handle_train(message, context)
 
 
@@ -195,7 +195,7 @@ def test_a_run_in_which_nobody_could_train_fails_and_leaves_no_result(federate, 
         federate([without_data] * 3, **QUICK)
     (folder,) = runs.iterdir()
     assert sorted(path.name for path in folder.iterdir()) == [
-        "checkpoint.npz", "metrics.jsonl", "settings.json",
+        "checkpoint.npz", "ledgers", "metrics.jsonl", "settings.json",
     ]  # fmt: skip
 
 

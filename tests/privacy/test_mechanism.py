@@ -53,7 +53,8 @@ class Problem:
 
     def gradient(self, plan: PrivacyPlan, source=None) -> PrivateGradient:
         engine = HookEngine(self.model, dict(self.model.named_parameters()))
-        return PrivateGradient(plan, engine, len(self.x), self.losses, source or SecureSource())
+        source = source or SecureSource()
+        return PrivateGradient(plan, engine, len(self.x), self.losses, source, plan.steps)
 
 
 def test_noise_has_the_plans_scale_on_every_tensor():

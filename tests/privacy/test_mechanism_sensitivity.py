@@ -40,7 +40,7 @@ class OneRecord:
     def release(self, kind: str, *, noise_multiplier: float) -> torch.Tensor:
         engine = HookEngine(self.model, dict(self.model.named_parameters()))
         plan = plan_of(noise_multiplier)
-        gradient = PrivateGradient(plan, engine, 1, self.losses, SecureSource())
+        gradient = PrivateGradient(plan, engine, 1, self.losses, SecureSource(), plan.steps)
         released = gradient.step(self.names, kind)
         return torch.cat([value.flatten() for value in released.values()])
 

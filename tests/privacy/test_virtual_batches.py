@@ -72,7 +72,7 @@ def test_a_step_in_parts_draws_and_releases_what_the_whole_does(rate):
     released = {}
     for most in (0, 3):
         engine = RowEngine(rows)
-        step = PrivateGradient(plan, engine, 20, torch.as_tensor, SeededTestSource((1,)), most)
+        step = PrivateGradient(plan, engine, 20, torch.as_tensor, SeededTestSource((1,)), 3, most)
         released[most] = step.step(["w"], "B")["w"]
         assert step.steps_taken == 1
         assert (len(engine.parts) > 1) == (rate > 0 and most > 0)

@@ -1,0 +1,133 @@
+"""What the entries add up to: data sets, plans, charges."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..privacy_filter import Spending
+from .chain import Entry
+from .errors import LedgerError
+
+
+@dataclasses.dataclass
+class PlanAccount:
+    """One plan on one data set: what was fixed, and what it has spent."""
+
+    entry: int
+    dataset: str
+    training: str
+    numbers: str
+    sample_rate: float
+    noise_multiplier: float
+    most_steps: int
+    steps: int = 0
+    rounds: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def spending(self) -> Spending:
+        """As the filter takes it."""
+        return Spending(self.sample_rate, self.noise_multiplier, self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """The records that a data set had when they were last looked at."""
+
+    stamp: str
+    records: str
+    held: str
+    count: int
+    overlaps: tuple[str, ...]
+
+
+class Book:
+    """The state that a chain of entries leads to.
+
+    Parameters
+    ----------
+    entries : iterable of Entry
+        A verified chain.
+
+    Raises
+    ------
+    LedgerError
+        If an entry says what no entry of this version says.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.holdings: dict[str, Holding] = {}
+        self.plans: dict[int, PlanAccount] = {}
+        self.requests: dict[str, int] = {}
+        self._group: dict[str, str] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Go on by one entry."""
+        try:
+            {"dataset": self._hold, "plan": self._plan, "charge": self._charge}[entry.kind](
+                entry.number, entry.values
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(
+                f"the ledger's entry {entry.number} is of another version of this program "
+                f"({type(error).__name__})"
+            ) from error
+
+    def plan_of(self, dataset: str, training: str) -> PlanAccount | None:
+        """The plan that a training has on a data set."""
+        for plan in self.plans.values():
+            if (plan.dataset, plan.training) == (dataset, training):
+                return plan
+        return None
+
+    def group(self, dataset: str) -> set[str]:
+        """The data set and all that share records with it, directly or through others."""
+        root = self._root(dataset)
+        return {dataset} | {name for name in self._group if self._root(name) == root}
+
+    def spent(self, dataset: str) -> list[PlanAccount]:
+        """Plans with charges on the data set or on any that shares records with it."""
+        group = self.group(dataset)
+        return [plan for plan in self.plans.values() if plan.dataset in group and plan.steps]
+
+    def _hold(self, number: int, values: Mapping[str, Any]) -> None:
+        name = str(values["dataset"])
+        overlaps = tuple(str(other) for other in values["overlaps"])
+        self.holdings[name] = Holding(
+            stamp=str(values["stamp"]),
+            records=str(values["records"]),
+            held=str(values["held"]),
+            count=int(values["count"]),
+            overlaps=overlaps,
+        )
+        for other in overlaps:
+            self._group[self._root(other)] = self._root(name)
+        self._group.setdefault(name, name)
+
+    def _plan(self, number: int, values: Mapping[str, Any]) -> None:
+        self.plans[number] = PlanAccount(
+            entry=number,
+            dataset=str(values["dataset"]),
+            training=str(values["training"]),
+            numbers=str(values["numbers"]),
+            sample_rate=float(values["sample-rate"]),
+            noise_multiplier=float(values["noise-multiplier"]),
+            most_steps=int(values["most-steps"]),
+        )
+
+    def _charge(self, number: int, values: Mapping[str, Any]) -> None:
+        plan = self.plans[values["plan"]]
+        steps = int(values["steps"])
+        if steps < 1:
+            raise ValueError("a charge takes steps")
+        plan.steps += steps
+        plan.rounds.append(int(values["round"]))
+        self.requests[str(values["request"])] = number
+
+    def _root(self, name: str) -> str:
+        while self._group.get(name, name) != name:
+            name = self._group[name]
+        return name
