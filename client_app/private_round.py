@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 
-from federation.messages import COUNT_KEY, METRICS_KEY
+from federation.messages import COUNT_KEY, METRICS_KEY, NOISED_ACCURACY_KEY
 from federation.settings import Settings
 from privacy import (
     Charge,
@@ -20,9 +20,11 @@ from privacy import (
     RandomSource,
     SecureSource,
     SeededTestSource,
+    noised_count,
 )
 from strategies import PRIVACY_KEY, SCORES_KEY, GradientEnergies, RoundPlan, update_records
 from task.data import Records
+from task.metrics import evaluate
 
 from .local_training import step_kind, train_round
 from .session import Session
@@ -78,6 +80,7 @@ class PaidRound:
         model = self.session.task_model
         received = {name: torch.from_numpy(value) for name, value in adapter.items()}
         model.load_adapter_state(received)
+        correct = self._noised_correct() if self.privacy_plan.evaluations else None
         gradient = PrivateGradient(
             self.privacy_plan,
             self.session.engine,
@@ -99,6 +102,8 @@ class PaidRound:
         metrics = MetricRecord()
         if self.settings.strategy.weighting == "public-counts":
             metrics[COUNT_KEY] = self.public_records
+        if correct is not None:
+            metrics[NOISED_ACCURACY_KEY] = correct / self.public_records
         rounding = np.random.default_rng((self.settings.seed, who(context), self.plan.server_round))
         values = {name: value.numpy() for name, value in update.items()}
         reply = RecordDict(
@@ -111,6 +116,12 @@ class PaidRound:
         if energies is not None:
             reply[SCORES_KEY] = MetricRecord(dict(energies.scores()))
         return reply
+
+    def _noised_correct(self) -> float:
+        """How many records the received model classifies rightly, as one noised release."""
+        share = evaluate(self.session.task_model, self.records)["accuracy"]
+        correct = round(share * len(self.records))
+        return noised_count(correct, self.privacy_plan, self.source)
 
     @property
     def _noise_std(self) -> float:

@@ -74,7 +74,10 @@ def _train(
     counted = site.public_records(len(records))
     with trace.span("calibration"):
         privacy_plan = PrivacyPlan.for_client(
-            settings.privacy, num_records=counted, steps=settings.total_steps
+            settings.privacy,
+            num_records=counted,
+            steps=settings.total_steps,
+            rounds=settings.strategy.num_rounds,
         )
     source = random_source(settings, context, plan.server_round)
     request = Request(

@@ -12,6 +12,7 @@ from flwr.app import Error
 FINGERPRINT_KEY = "backbone-fingerprint"
 METRICS_KEY = "metrics"
 COUNT_KEY = "num-examples"
+NOISED_ACCURACY_KEY = "noised-accuracy"
 TRAINING_KEY = "training-id"
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Request,
     )
     from .low_pass import binomial_low_pass
-    from .mechanism import PrivateGradient, privatize
+    from .mechanism import PrivateGradient, noised_count, privatize
     from .opacus_engine import OpacusEngine
     from .plan import PrivacyPlan, StepKind
     from .policy import DatasetRules, PolicyError, PolicyRefusal, SitePolicy
@@ -86,6 +86,7 @@ _HOMES = {
     "cross_check": "accounting",
     "joint_norms": "clipping",
     "make_engine": "engines",
+    "noised_count": "mechanism",
     "per_record_gradients_by_autograd": "autograd_reference",
     "pld_epsilon": "accounting",
     "privatize": "mechanism",
@@ -134,6 +135,7 @@ __all__ = [
     "cross_check",
     "joint_norms",
     "make_engine",
+    "noised_count",
     "per_record_gradients_by_autograd",
     "pld_epsilon",
     "privatize",

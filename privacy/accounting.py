@@ -9,10 +9,12 @@ Opacus's GDP accountant is not offered: its central-limit approximation reports 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -33,6 +35,10 @@ _AGREEMENT = 0.02
 _ALGORITHM = 1
 
 _LOGGER = logging.getLogger(__name__)
+
+
+Parts = tuple[tuple[float, float, int], ...]
+"""Sample rate, noise multiplier and steps of each of several subsampled Gaussians."""
 
 
 class AccountingError(ValueError):
@@ -114,9 +120,7 @@ def pld_epsilon(
     return float(composed.get_epsilon_for_delta(delta))
 
 
-def composed_epsilon(
-    parts: tuple[tuple[float, float, int], ...], *, delta: float, interval: float = _FINAL_INTERVAL
-) -> float:
+def composed_epsilon(parts: Parts, *, delta: float, interval: float = _FINAL_INTERVAL) -> float:
     """Epsilon of several subsampled Gaussians composed, all fixed beforehand, by PLD.
 
     Parameters
@@ -136,6 +140,11 @@ def composed_epsilon(
         return pld_epsilon(
             sample_rate=rate, noise_multiplier=noise, steps=steps, delta=delta, interval=interval
         )
+    return _composed_epsilon(parts, delta, interval)
+
+
+@functools.lru_cache(maxsize=4096)
+def _composed_epsilon(parts: Parts, delta: float, interval: float) -> float:
     composed = None
     for rate, noise, steps in parts:
         _check(rate, noise, steps, delta)
@@ -146,12 +155,18 @@ def composed_epsilon(
 
 
 def prv_epsilon(
-    *, sample_rate: float, noise_multiplier: float, steps: int, delta: float, error: float = 0.01
+    *,
+    sample_rate: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    error: float = 0.01,
+    beside: Parts = (),
 ) -> float:
     """Upper bound on the same epsilon by Opacus's PRV accountant (Gopi et al., 2021).
 
-    ``error`` is the accountant's own additive error, included in the bound.  Guarantee,
-    adjacency and exclusions are those of :func:`pld_epsilon`.
+    ``error`` is the accountant's own additive error, included in the bound; ``beside`` is composed
+    with the steps.  Guarantee, adjacency and exclusions are those of :func:`pld_epsilon`.
     """
     _check(sample_rate, noise_multiplier, steps, delta)
     if steps == 0:
@@ -160,7 +175,10 @@ def prv_epsilon(
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = [(noise_multiplier, sample_rate, steps)]
+    accountant.history = [
+        (noise_multiplier, sample_rate, steps),
+        *((noise, rate, count) for rate, noise, count in beside),
+    ]
     # It sizes its domain by RDP at few orders, whose warnings do not concern the bound, and at
     # q = 1 it takes log(0) on purpose.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -183,8 +201,17 @@ def rdp_epsilon(*, sample_rate: float, noise_multiplier: float, steps: int, delt
     return float(accountant.get_epsilon(delta))
 
 
-def cross_check(*, sample_rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+def cross_check(
+    *,
+    sample_rate: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    beside: Parts = (),
+) -> float:
     """Epsilon by PLD, refused unless Opacus's PRV accountant agrees.
+
+    ``beside`` is composed with the steps.
 
     Returns
     -------
@@ -196,9 +223,7 @@ def cross_check(*, sample_rate: float, noise_multiplier: float, steps: int, delt
     AccountingError
         When the two bounds differ by more than 2 % plus twice PRV's own stated error.
     """
-    first = pld_epsilon(
-        sample_rate=sample_rate, noise_multiplier=noise_multiplier, steps=steps, delta=delta
-    )
+    first = composed_epsilon(((sample_rate, noise_multiplier, steps), *beside), delta=delta)
     error = min(0.05, max(0.001, first / 200))
     second = prv_epsilon(
         sample_rate=sample_rate,
@@ -206,6 +231,7 @@ def cross_check(*, sample_rate: float, noise_multiplier: float, steps: int, delt
         steps=steps,
         delta=delta,
         error=error,
+        beside=beside,
     )
     if not abs(first - second) <= _AGREEMENT * first + 2 * error:
         raise AccountingError(
@@ -218,7 +244,12 @@ def cross_check(*, sample_rate: float, noise_multiplier: float, steps: int, delt
 
 @functools.lru_cache(maxsize=256)
 def calibrate_noise_multiplier(
-    *, target_epsilon: float, target_delta: float, sample_rate: float, steps: int
+    *,
+    target_epsilon: float,
+    target_delta: float,
+    sample_rate: float,
+    steps: int,
+    beside: Parts = (),
 ) -> float:
     """Smallest noise multiplier with which ``steps`` steps stay within (epsilon, delta).
 
@@ -230,6 +261,8 @@ def calibrate_noise_multiplier(
         Poisson rate q of the client, in (0, 1].
     steps : int
         Most private steps ever taken on the data: rounds x local steps, at least 1.
+    beside : tuple of (float, float, int)
+        Sample rate, noise multiplier and steps of what else the budget pays for.
 
     Returns
     -------
@@ -257,19 +290,23 @@ def calibrate_noise_multiplier(
         "sample-rate": float(sample_rate).hex(),
         "steps": int(steps),
     }
-    wishes = {
+    for number, (rate, noise, count) in enumerate(beside):
+        inputs[f"beside-{number}"] = f"{float(rate).hex()} {float(noise).hex()} {int(count)}"
+    wishes: dict[str, Any] = {
         "target_epsilon": target_epsilon,
         "target_delta": target_delta,
         "sample_rate": sample_rate,
+        "steps": steps,
+        **({"beside": beside} if beside else {}),
     }
     kept = calibration_cache.load(
         inputs, smallest=SMALLEST_NOISE_MULTIPLIER, largest=LARGEST_NOISE_MULTIPLIER
     )
     if kept is not None:
-        if _meets_budget(kept, steps=steps, **wishes):
+        if _meets_budget(kept, **wishes):
             return kept
         _LOGGER.warning("a kept noise multiplier does not meet its budget and is computed anew")
-    noise_multiplier = _search_noise_multiplier(steps=steps, **wishes)
+    noise_multiplier = _search_noise_multiplier(**wishes)
     calibration_cache.store(inputs, noise_multiplier)
     return noise_multiplier
 
@@ -279,56 +316,57 @@ def _search_interval(target_epsilon: float) -> float:
     return min(_SEARCH_INTERVAL, max(_FINAL_INTERVAL, target_epsilon / 4000))
 
 
-def _meets_budget(
-    noise_multiplier: float,
-    *,
-    target_epsilon: float,
-    target_delta: float,
-    sample_rate: float,
-    steps: int,
-) -> bool:
+@dataclasses.dataclass(frozen=True)
+class _Budget:
+    target_epsilon: float
+    target_delta: float
+    sample_rate: float
+    steps: int
+    beside: Parts = ()
+
+    def spent(self, noise_multiplier: float, interval: float) -> float:
+        """Epsilon of everything that the budget pays for, with this noise on the steps."""
+        parts = ((self.sample_rate, noise_multiplier, self.steps), *self.beside)
+        return composed_epsilon(parts, delta=self.target_delta, interval=interval)
+
+
+def _meets_budget(noise_multiplier: float, **wishes: Any) -> bool:
     """Whether a noise multiplier keeps the budget, mostly by one evaluation on the coarse grid."""
+    budget = _Budget(**wishes)
     # Either grid gives an upper bound, so either may say yes.  The search ends within 1e-5 of the
     # budget on the coarse one: what is far off there was never its answer.
-    for interval in (_search_interval(target_epsilon), _FINAL_INTERVAL):
+    for interval in (_search_interval(budget.target_epsilon), _FINAL_INTERVAL):
         try:
-            epsilon = pld_epsilon(
-                sample_rate=sample_rate,
-                noise_multiplier=noise_multiplier,
-                steps=steps,
-                delta=target_delta,
-                interval=interval,
-            )
+            epsilon = budget.spent(noise_multiplier, interval)
         except (ArithmeticError, ValueError, MemoryError):
             return False
-        if epsilon <= target_epsilon:
+        if epsilon <= budget.target_epsilon:
             return True
-        if not epsilon <= 1.01 * target_epsilon:
+        if not epsilon <= 1.01 * budget.target_epsilon:
             return False
     return False
 
 
-def _search_noise_multiplier(
-    *, target_epsilon: float, target_delta: float, sample_rate: float, steps: int
-) -> float:
+def _search_noise_multiplier(**wishes: Any) -> float:
+    budget = _Budget(**wishes)
+    target_epsilon, target_delta = budget.target_epsilon, budget.target_delta
     search_interval = _search_interval(target_epsilon)
 
     def spent(noise_multiplier: float, interval: float = search_interval) -> float:
-        return pld_epsilon(
-            sample_rate=sample_rate,
-            noise_multiplier=noise_multiplier,
-            steps=steps,
-            delta=target_delta,
-            interval=interval,
-        )
+        return budget.spent(noise_multiplier, interval)
 
+    if budget.beside and composed_epsilon(budget.beside, delta=target_delta) >= target_epsilon:
+        raise AccountingError(
+            f"epsilon {target_epsilon} at delta {target_delta} does not even pay for "
+            f"{budget.beside} (sample rate, noise multiplier, times)"
+        )
     low = high = 1.0
     while spent(high) > target_epsilon:
         low, high = high, high * 2
         if high > LARGEST_NOISE_MULTIPLIER:
             raise AccountingError(
                 f"epsilon {target_epsilon} at delta {target_delta} cannot be reached in "
-                f"{steps} steps at rate {sample_rate}: even a noise multiplier of "
+                f"{budget.steps} steps at rate {budget.sample_rate}: even a noise multiplier of "
                 f"{LARGEST_NOISE_MULTIPLIER:g} spends more"
             )
     while spent(low) <= target_epsilon and low > SMALLEST_NOISE_MULTIPLIER:
@@ -350,9 +388,10 @@ def _search_noise_multiplier(
     while spent(noise_multiplier, _FINAL_INTERVAL) > target_epsilon:
         noise_multiplier = math.ceil(noise_multiplier * 1.0001 * 1e4) / 1e4
     cross_check(
-        sample_rate=sample_rate,
+        sample_rate=budget.sample_rate,
         noise_multiplier=noise_multiplier,
-        steps=steps,
+        steps=budget.steps,
         delta=target_delta,
+        beside=budget.beside,
     )
     return noise_multiplier

@@ -53,6 +53,29 @@ def privatize(
     return released
 
 
+def noised_count(count: int, plan: PrivacyPlan, source: RandomSource) -> float:
+    """A number of records that have some property, with the plan's evaluation noise.
+
+    Parameters
+    ----------
+    count : int
+        How many records have it; one record changes it by at most 1.
+    plan : PrivacyPlan
+        Gives the noise; must have evaluations.
+    source : RandomSource
+        Independent of everything else.
+
+    Notes
+    -----
+    Formal guarantee: a release of the Gaussian mechanism with sensitivity 1 and noise of scale
+    ``plan.evaluation_noise_multiplier``, which ``plan.epsilon`` composes with the steps.  Not
+    covered: a count to which one record adds more than 1.
+    """
+    if plan.evaluations < 1:
+        raise ValueError("the plan allows no evaluations")
+    return count + plan.evaluation_noise_multiplier * float(standard_normal(source, (1,))[0])
+
+
 class PrivateGradient:
     """Draws batches and returns privatised mean gradients, one step at a time.
 

@@ -6,7 +6,13 @@ import dataclasses
 import math
 from typing import Literal, Self
 
-from .accounting import AccountingError, calibrate_noise_multiplier, cross_check, pld_epsilon
+from .accounting import (
+    AccountingError,
+    Parts,
+    calibrate_noise_multiplier,
+    composed_epsilon,
+    cross_check,
+)
 from .settings import PrivacySettings
 
 StepKind = Literal["A", "B", "mixed"]
@@ -38,6 +44,10 @@ class PrivacyPlan:
         Most private steps the plan allows, over all rounds.
     target_delta : float
         Delta at which epsilon is stated.
+    evaluations : int (default: 0)
+        Most noised evaluations the plan allows, one a round.
+    evaluation_noise_multiplier : float (default: 0.0)
+        Noise standard deviation on each evaluation's count of records, whose sensitivity is 1.
     adjacency : str
         ``"zero-out"``: neighbouring data sets differ in one record that contributes or does
         not; the number of records is public.
@@ -58,6 +68,8 @@ class PrivacyPlan:
     target_delta: float
     max_grad_norm_a: float | None = None
     max_grad_norm_b: float | None = None
+    evaluations: int = 0
+    evaluation_noise_multiplier: float = 0.0
     adjacency: Literal["zero-out"] = "zero-out"
 
     def __post_init__(self) -> None:
@@ -75,6 +87,11 @@ class PrivacyPlan:
             raise ValueError(f"clip norms must be > 0, got {norms}")
         if self.noise_multiplier < 0 or not math.isfinite(self.noise_multiplier):
             raise ValueError(f"noise_multiplier must be >= 0, got {self.noise_multiplier}")
+        if self.evaluations < 0 or (self.evaluations > 0) != (self.evaluation_noise_multiplier > 0):
+            raise ValueError(
+                "evaluations need noise, and noise evaluations; got "
+                f"{self.evaluations} and {self.evaluation_noise_multiplier}"
+            )
         unbounded = any(norm is not None and math.isinf(norm) for norm in norms)
         if self.noise_multiplier > 0 and unbounded:
             raise ValueError("noise on an unbounded gradient protects nothing: finite clip norm")
@@ -93,20 +110,21 @@ class PrivacyPlan:
         """Standard deviation sigma x C of the noise on each value of the clipped sum."""
         return self.noise_multiplier * self.clip_norm(kind) if self.is_private else 0.0
 
-    def epsilon(self, steps: int | None = None) -> float:
-        """Epsilon at ``target_delta`` after ``steps`` steps (default: all of them), by PLD.
+    def epsilon(self, steps: int | None = None, evaluations: int | None = None) -> float:
+        """Epsilon at ``target_delta`` after so many steps and evaluations (default: all), by PLD.
 
-        A-steps and B-steps compose: both see the same records.  Infinite without privacy.
+        A-steps, B-steps and evaluations compose: they see the same records.  Infinite without
+        privacy.
         """
         taken = self.steps if steps is None else steps
         if not self.is_private:
             return math.inf if taken else 0.0
-        return pld_epsilon(
-            sample_rate=self.sample_rate,
-            noise_multiplier=self.noise_multiplier,
-            steps=taken,
-            delta=self.target_delta,
-        )
+        parts = ((self.sample_rate, self.noise_multiplier, taken), *self._beside(evaluations))
+        return composed_epsilon(parts, delta=self.target_delta)
+
+    def _beside(self, evaluations: int | None = None) -> Parts:
+        times = self.evaluations if evaluations is None else evaluations
+        return ((1.0, self.evaluation_noise_multiplier, times),) if times else ()
 
     def checked_epsilon(self) -> float:
         """:meth:`epsilon` of all steps, refused unless a second accountant agrees."""
@@ -117,10 +135,13 @@ class PrivacyPlan:
             noise_multiplier=self.noise_multiplier,
             steps=self.steps,
             delta=self.target_delta,
+            beside=self._beside(),
         )
 
     @classmethod
-    def for_client(cls, settings: PrivacySettings, *, num_records: int, steps: int) -> Self:
+    def for_client(
+        cls, settings: PrivacySettings, *, num_records: int, steps: int, rounds: int = 0
+    ) -> Self:
         """Make the plan of a client with ``num_records`` records and at most ``steps`` steps.
 
         Parameters
@@ -131,6 +152,8 @@ class PrivacyPlan:
             Public number of records of the client.
         steps : int
             Rounds x local steps, the most the client may be asked for.
+        rounds : int (default: 0)
+            The most evaluations it may be asked for, if the settings have any.
 
         Raises
         ------
@@ -155,6 +178,8 @@ class PrivacyPlan:
                 f"privacy.target-delta must be below 1 / records = {1 / num_records:.2e}, "
                 f"got {settings.target_delta:g}"
             )
+        noise = settings.evaluation_noise_multiplier
+        evaluations = rounds if noise else 0
         return cls(
             sample_rate=rate,
             expected_batch_size=rate * num_records,
@@ -166,7 +191,10 @@ class PrivacyPlan:
                 target_delta=settings.target_delta,
                 sample_rate=rate,
                 steps=steps,
+                beside=((1.0, noise, evaluations),) if evaluations else (),
             ),
             steps=steps,
             target_delta=settings.target_delta,
+            evaluations=evaluations,
+            evaluation_noise_multiplier=noise if evaluations else 0.0,
         )

@@ -60,6 +60,14 @@ class PrivacySettings(BaseModel):
         "The rate is stated to the server and tells the record count, which this declares public. "
         "0: by sample-rate.",
     )
+    evaluation_noise_multiplier: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e5,
+        description="Each round a client also tells how many of its records the received model "
+        "classifies rightly, with Gaussian noise of this standard deviation on the count; "
+        "target-epsilon pays for it, too. 0: no evaluation at the clients.",
+    )
     engine: Literal["fused", "hooks", "opacus"] = Field(
         default="fused",
         description="How per-example gradients are computed. fused: each LoRA layer as one "

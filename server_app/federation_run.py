@@ -5,7 +5,7 @@ from __future__ import annotations
 from logging import INFO, WARNING
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message
 from flwr.common import log
 from flwr.serverapp import Grid
 
@@ -16,6 +16,7 @@ from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
 from task.data import load_test_records, num_labels
 from task.model import build_task_model
 
+from .noised_accuracy import NoisedAccuracy
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
@@ -26,8 +27,16 @@ class NothingLearned(RuntimeError):
     """No round of the run could be applied."""
 
 
-def make_strategy(settings: Settings, tracker: PrivacyTracker) -> LoRAStrategy:
-    """Build the run's strategy."""
+def make_strategy(
+    settings: Settings, tracker: PrivacyTracker, accuracy: NoisedAccuracy | None = None
+) -> LoRAStrategy:
+    """Build the run's strategy, whose replies these two observe."""
+
+    def on_reply(node: int, message: Message) -> None:
+        tracker.observe(node, message)
+        if accuracy is not None:
+            accuracy.observe(message)
+
     bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode != "none"
     return STRATEGIES[settings.strategy.method].from_settings(
         settings.strategy,
@@ -39,7 +48,7 @@ def make_strategy(settings: Settings, tracker: PrivacyTracker) -> LoRAStrategy:
         # Seeded test noise is there to be repeated: then sums shall have the same bits too.
         in_order=settings.privacy.insecure_test_seed >= 0,
         privacy=_guarantee(settings),
-        on_reply=tracker.observe,
+        on_reply=on_reply,
     )
 
 
@@ -87,11 +96,14 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.privacy.target_delta,
         settings.total_steps,
         target_epsilon=settings.privacy.target_epsilon,
+        evaluation_noise_multiplier=settings.privacy.evaluation_noise_multiplier,
+        local_steps=settings.strategy.local_steps,
     )
-    strategy = make_strategy(settings, tracker)
+    accuracy = NoisedAccuracy() if settings.privacy.evaluation_noise_multiplier else None
+    strategy = make_strategy(settings, tracker, accuracy)
     rounds = settings.strategy.num_rounds
     every = settings.strategy.evaluate_every
-    observer = Observer(folder, rounds, strategy, model, test, validation, tracker, every)
+    observer = Observer(folder, rounds, strategy, model, test, validation, tracker, every, accuracy)
     train_config = ConfigRecord({FINGERPRINT_KEY: model.fingerprint})
     training = TrainingId(train_config)
     checkpoint = Checkpoint(

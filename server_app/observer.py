@@ -20,6 +20,7 @@ from task.data import Records
 from task.metrics import evaluate
 from task.model import TaskModel
 
+from .noised_accuracy import NoisedAccuracy
 from .privacy_tracker import PrivacyTracker
 
 VALIDATION_ACCURACY = "validation-accuracy"
@@ -83,6 +84,8 @@ class Observer:
         Knows epsilon.
     every : int (default: 1)
         Rounds from one evaluation to the next; the start and the last round always have one.
+    noised_accuracy : NoisedAccuracy, optional
+        What clients state of the model that the round began with.
     """
 
     def __init__(
@@ -95,11 +98,13 @@ class Observer:
         validation: Records,
         tracker: PrivacyTracker,
         every: int = 1,
+        noised_accuracy: NoisedAccuracy | None = None,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self._folder, self._rounds, self._strategy = folder, rounds, strategy
         self._model, self._test, self._validation = model, test, validation
         self._tracker, self._every = tracker, every
+        self._noised_accuracy = noised_accuracy
         self._started = self._latest = time.monotonic()
 
     @property
@@ -148,6 +153,8 @@ class Observer:
         }
         if metrics and VALIDATION_ACCURACY in metrics:
             row["validation_accuracy"] = metrics[VALIDATION_ACCURACY]
+        if self._noised_accuracy is not None and server_round:
+            row["noised_accuracy"] = self._noised_accuracy.take()
         self._latest = now
         return row
 

@@ -29,6 +29,7 @@ class PlannedBound:
     def __init__(self, settings: Settings) -> None:
         self._privacy = settings.privacy
         self._steps = settings.total_steps
+        self._rounds = settings.strategy.num_rounds
         batch = settings.privacy.expected_batch_size
         fewest = settings.data.min_records
         # Below the common batch size a client takes all its records in every step.
@@ -62,7 +63,9 @@ class PlannedBound:
     @functools.lru_cache(maxsize=4096)  # noqa: B019  lives as long as the run
     def _bound(self, count: int) -> UpdateBound | None:
         try:
-            plan = PrivacyPlan.for_client(self._privacy, num_records=count, steps=self._steps)
+            plan = PrivacyPlan.for_client(
+                self._privacy, num_records=count, steps=self._steps, rounds=self._rounds
+            )
         except AccountingError:
             return None
         return UpdateBound(

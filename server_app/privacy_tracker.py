@@ -11,7 +11,7 @@ from typing import Any, Self
 from flwr.app import ConfigRecord, Message
 from flwr.common import log
 
-from privacy import pld_epsilon
+from privacy import composed_epsilon
 from privacy.accounting import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER
 from strategies import PRIVACY_KEY
 
@@ -83,6 +83,10 @@ class PrivacyTracker:
         Rounds x local steps of the run.
     target_epsilon : float (default: 100.0)
         The run's epsilon; a client that is at ten times as much is taken to guarantee nothing.
+    evaluation_noise_multiplier : float (default: 0.0)
+        Noise of the evaluation that every round also has; 0: it has none.
+    local_steps : int (default: 1)
+        Steps of a round, by which evaluations are counted.
 
     Notes
     -----
@@ -93,11 +97,19 @@ class PrivacyTracker:
     """
 
     def __init__(
-        self, target_delta: float, most_steps: int, *, target_epsilon: float = 100.0
+        self,
+        target_delta: float,
+        most_steps: int,
+        *,
+        target_epsilon: float = 100.0,
+        evaluation_noise_multiplier: float = 0.0,
+        local_steps: int = 1,
     ) -> None:
         self._target_delta = target_delta
         self._most_steps = most_steps
         self._most_epsilon = _LARGEST_FACTOR * target_epsilon
+        self._evaluation_noise = evaluation_noise_multiplier
+        self._local_steps = local_steps
         self._statements: dict[int, Statement | None] = {}
 
     def observe(self, node: int, message: Message) -> None:
@@ -127,16 +139,16 @@ class PrivacyTracker:
         """
         return max(map(self._epsilon, set(self._statements.values())), default=0.0)
 
+    def _evaluations(self, one: Statement) -> tuple[tuple[float, float, int], ...]:
+        rounds = -(-one.steps // self._local_steps)
+        return ((1.0, self._evaluation_noise, rounds),) if self._evaluation_noise else ()
+
     def _epsilon(self, one: Statement | None) -> float:
         if one is None or _rough_epsilon(one, self._target_delta) > self._most_epsilon:
             return math.inf
         try:
-            return pld_epsilon(
-                sample_rate=one.sample_rate,
-                noise_multiplier=one.noise_multiplier,
-                steps=one.steps,
-                delta=self._target_delta,
-            )
+            steps = ((one.sample_rate, one.noise_multiplier, one.steps),)
+            return composed_epsilon(steps + self._evaluations(one), delta=self._target_delta)
         except (ArithmeticError, ValueError) as error:
             text = "The accountant cannot tell the epsilon of what a client states (%s)"
             log(WARNING, text, type(error).__name__)

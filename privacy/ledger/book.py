@@ -22,13 +22,19 @@ class PlanAccount:
     sample_rate: float
     noise_multiplier: float
     most_steps: int
+    evaluation_noise_multiplier: float
+    most_evaluations: int
     steps: int = 0
+    evaluations: int = 0
     rounds: list[int] = dataclasses.field(default_factory=list)
 
     @property
-    def spending(self) -> Spending:
-        """As the filter takes it."""
-        return Spending(self.sample_rate, self.noise_multiplier, self.steps)
+    def spendings(self) -> list[Spending]:
+        """As the filter takes it: steps, and evaluations, which see every record."""
+        spent = [Spending(self.sample_rate, self.noise_multiplier, self.steps)]
+        if self.evaluations:
+            spent.append(Spending(1.0, self.evaluation_noise_multiplier, self.evaluations))
+        return spent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +122,8 @@ class Book:
             sample_rate=float(values["sample-rate"]),
             noise_multiplier=float(values["noise-multiplier"]),
             most_steps=int(values["most-steps"]),
+            evaluation_noise_multiplier=float(values["evaluation-noise-multiplier"]),
+            most_evaluations=int(values["most-evaluations"]),
         )
 
     def _charge(self, number: int, values: Mapping[str, Any]) -> None:
@@ -124,6 +132,7 @@ class Book:
         if steps < 1:
             raise ValueError("a charge takes steps")
         plan.steps += steps
+        plan.evaluations += int(values["evaluations"])
         plan.rounds.append(int(values["round"]))
         self.requests[str(values["request"])] = number
 

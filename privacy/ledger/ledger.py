@@ -61,7 +61,7 @@ class Request:
     secure_noise : bool
         Whether nobody can reproduce the noise.
     steps : int
-        Private steps of the round.
+        Private steps of the round.  If the plan has evaluations, each round is charged one, too.
     """
 
     dataset: str
@@ -239,6 +239,11 @@ class Ledger:
                     f"{plan.steps} of {plan.most_steps} steps of this training are spent, "
                     f"{request.steps} more were asked for"
                 )
+            evaluations = int(request.plan.evaluations > 0)
+            if plan.evaluations + evaluations > plan.most_evaluations:
+                raise BudgetExhausted(
+                    f"all {plan.most_evaluations} evaluations of this training are spent"
+                )
             entry = current.append(
                 "charge",
                 {
@@ -247,6 +252,7 @@ class Ledger:
                     "round": request.server_round,
                     "request": request.key,
                     "steps": request.steps,
+                    "evaluations": evaluations,
                 },
             )
             book.add(entry)
@@ -277,6 +283,10 @@ class Ledger:
                     # Noise that can be reproduced protects nobody.
                     "noise-multiplier": request.plan.noise_multiplier * request.secure_noise,
                     "most-steps": request.plan.steps,
+                    "evaluation-noise-multiplier": (
+                        request.plan.evaluation_noise_multiplier * request.secure_noise
+                    ),
+                    "most-evaluations": request.plan.evaluations,
                 },
             )
             book.add(entry)
@@ -290,7 +300,7 @@ class Ledger:
 
 
 def _check_limits(book: Book, dataset: str, limits: Mapping[str, BudgetLimit]) -> None:
-    spent = [[plan.spending] for plan in book.spent(dataset)]
+    spent = [plan.spendings for plan in book.spent(dataset)]
     for name in sorted(book.group(dataset)):
         if name in limits and not limits[name].allows(spent):
             shared = "" if name == dataset else f", which shares records with {dataset}"

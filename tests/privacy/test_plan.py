@@ -6,16 +6,21 @@ import dataclasses
 import math
 
 import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+)
+from dp_accounting.pld import PLDAccountant
 from pydantic import ValidationError
 
 from privacy import (
     AccountingError,
-    BudgetExhausted,
     PoissonSampler,
     PrivacyPlan,
     PrivacySettings,
     SecureSource,
-    StepBudget,
     pld_epsilon,
 )
 
@@ -124,13 +129,39 @@ def test_settings_refuse_contradictions(wrong):
         PrivacySettings(**wrong)
 
 
-def test_budget_is_charged_before_use_and_never_exceeded():
-    budget = StepBudget(plan_of(steps=25))
-    budget.charge(10)
-    budget.charge(10)
-    with pytest.raises(BudgetExhausted, match="20 of 25"):
-        budget.charge(10)
-    assert budget.charged == 20
-    assert budget.epsilon == plan_of(steps=25).epsilon(20)
-    with pytest.raises(ValueError, match="steps"):
-        budget.charge(0)
+WITH_EVALUATIONS = PrivacySettings(sample_rate=0.2, evaluation_noise_multiplier=20.0)
+
+
+def test_evaluations_are_paid_for_by_the_target(monkeypatch):
+    plan = PrivacyPlan.for_client(WITH_EVALUATIONS, num_records=100, steps=40, rounds=10)
+    without = PrivacyPlan.for_client(
+        PrivacySettings(sample_rate=0.2), num_records=100, steps=40, rounds=10
+    )
+    assert (plan.evaluations, without.evaluations) == (10, 0)
+    assert plan.noise_multiplier > without.noise_multiplier
+    assert 7.9 < plan.epsilon() <= 8.0
+    assert plan.epsilon(40, 0) < plan.epsilon(40, 5) < plan.epsilon()
+    assert plan.checked_epsilon() == plan.epsilon()
+
+
+def test_what_evaluations_cost_agrees_with_dp_accountings_own_composition():
+    plan = PrivacyPlan.for_client(WITH_EVALUATIONS, num_records=100, steps=40, rounds=10)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
+    step = PoissonSampledDpEvent(plan.sample_rate, GaussianDpEvent(plan.noise_multiplier))
+    accountant.compose(SelfComposedDpEvent(step, 40))
+    accountant.compose(SelfComposedDpEvent(GaussianDpEvent(20.0), 10))
+    assert plan.epsilon() == pytest.approx(accountant.get_epsilon(1e-5), rel=0.005)
+
+
+def test_a_budget_that_evaluations_use_up_is_refused():
+    wishes = PrivacySettings(sample_rate=0.2, evaluation_noise_multiplier=0.5, target_epsilon=1.0)
+    with pytest.raises(AccountingError, match="does not even pay"):
+        PrivacyPlan.for_client(wishes, num_records=100, steps=40, rounds=10)
+    # Without rounds to evaluate in there is nothing to pay for.
+    assert PrivacyPlan.for_client(wishes, num_records=100, steps=40).evaluations == 0
+
+
+@pytest.mark.parametrize("numbers", [(1, 0.0), (0, 1.0), (-1, 1.0)])
+def test_evaluations_without_noise_are_no_plan(numbers):
+    with pytest.raises(ValueError, match="evaluations need noise"):
+        plan_of(evaluations=numbers[0], evaluation_noise_multiplier=numbers[1])

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 
-from privacy import BudgetExhausted, PrivacyPlan, PrivacySettings, StepBudget
+from privacy import (
+    BudgetExhausted,
+    PrivacyPlan,
+    PrivacySettings,
+    PrivateGradient,
+    SecureSource,
+)
 from privacy import plan as plan_module
 
 
@@ -18,20 +25,39 @@ def plan_of(**changes) -> PrivacyPlan:
     return PrivacyPlan(**{**numbers, **changes})
 
 
-def test_the_budget_is_spent_to_its_last_step_and_not_beyond():
-    """Mistakes: one step too many, or the last round refused."""
-    budget = StepBudget(plan_of(steps=25))
-    budget.charge(24)
+class Zeros:
+    """An engine whose clipped sums are zero."""
+
+    def clipped_sum(self, active, losses, records, max_grad_norm):
+        return {name: torch.zeros(2) for name in active}
+
+
+@pytest.mark.parametrize(("charged", "most"), [(2, 25), (25, 2), (2, 2)])
+def test_not_one_step_more_than_was_charged_or_planned(charged, most):
+    """Mistakes: one step too many, or the last one refused."""
+    gradient = PrivateGradient(
+        plan_of(steps=most), Zeros(), 100, torch.as_tensor, SecureSource(), charged
+    )
+    for _ in range(2):
+        assert set(gradient.step(["w"], "B")) == {"w"}
+    with pytest.raises(BudgetExhausted, match="all 2 steps"):
+        gradient.step(["w"], "B")
+    assert gradient.steps_taken == 2
+
+
+def test_a_step_that_failed_is_spent():
+    class Broken(Zeros):
+        def clipped_sum(self, *_):
+            raise RuntimeError
+
+    gradient = PrivateGradient(
+        plan_of(sample_rate=1.0, expected_batch_size=100), Broken(), 100, torch.as_tensor,
+        SecureSource(), 1,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError):
+        gradient.step(["w"], "B")
     with pytest.raises(BudgetExhausted):
-        budget.charge(2)
-    budget.charge(1)
-    assert budget.charged == 25
-    with pytest.raises(BudgetExhausted, match="25 of 25"):
-        budget.charge(1)
-    whole = StepBudget(plan_of(steps=25))
-    with pytest.raises(BudgetExhausted):
-        whole.charge(26)
-    whole.charge(25)
+        gradient.step(["w"], "B")
 
 
 @pytest.mark.parametrize(

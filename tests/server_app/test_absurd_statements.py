@@ -43,12 +43,12 @@ def test_a_count_that_starts_again_for_ever_ends_at_no_guarantee():
 
 
 def test_what_the_accountant_cannot_tell_is_no_guarantee(monkeypatch):
-    def confused(**_numbers):
+    def confused(*_parts, **_numbers):
         raise ValueError("a must be greater than b")
 
     one = tracker()
     one.observe(1, stated())
-    monkeypatch.setattr("server_app.privacy_tracker.pld_epsilon", confused)
+    monkeypatch.setattr("server_app.privacy_tracker.composed_epsilon", confused)
     assert one.largest_epsilon() == math.inf
 
 
