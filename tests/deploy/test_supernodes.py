@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cli.superlink import flower_environment, flower_executable
+from privacy import Ledger
 from tests.federation.tiny import changed, make_tiny
 
 pytestmark = pytest.mark.deploy
@@ -65,7 +66,27 @@ def flags(config: dict) -> str:
     )
 
 
-def test_sites_train_on_their_own_files(tmp_path):
+def make_site(folder: Path, data: Path) -> str:
+    """A site's policy and empty ledger; the node config that names them."""
+    policy = folder / f"{data.stem}.toml"
+    place, head = folder / f"ledger-{data.stem}", folder / "heads" / f"{data.stem}.json"
+    policy.write_text(
+        f'[ledger]\npath = "{place}"\nhead = "{head}"\n'
+        f'[datasets.{data.stem}]\ndata-paths = ["{data}"]\nmax-epsilon = 8.0\nmax-delta = 2e-5\n'
+        'min-records = 50\ntasks = ["image-classification"]\n'
+    )
+    policy.chmod(0o600)
+    Ledger.create(place, head)
+    return f'data-path="{data}" policy="{policy}" device="cpu"'
+
+
+def spent(folder: Path, name: str) -> list[tuple[int, int]]:
+    """Steps and rounds of each training, by a site's ledger."""
+    ledger = Ledger(folder / f"ledger-{name}", folder / "heads" / f"{name}.json")
+    return [(plan.steps, len(plan.rounds)) for plan in ledger.book().plans.values()]
+
+
+def test_sites_train_on_their_own_files_and_not_beyond_their_own_budget(tmp_path):
     config = make_tiny(tmp_path)
     arrays = np.load(str(config["data.path"]))
     sites = []
@@ -80,6 +101,7 @@ def test_sites_train_on_their_own_files(tmp_path):
             "data__path": "",
             "data__test_path": str(test_file),
             "output_dir": str(tmp_path / "out"),
+            "strategy__weighting": "uniform",
         },
     )
     environment = flower_environment(tmp_path / "home")
@@ -99,22 +121,32 @@ def test_sites_train_on_their_own_files(tmp_path):
         for site, path in enumerate(sites):
             stack.enter_context(started(
                 "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}",
-                "--port", str(free_port()), "--node-config", f'data-path="{path}" device="cpu"',
+                "--port", str(free_port()), "--node-config", make_site(tmp_path, path),
                 log=tmp_path / f"supernode-{site}.log", environment=environment,
             ))  # fmt: skip
-        done = subprocess.run(
-            [str(flower_executable("flwr")), "run", str(ROOT), "here", "--stream", "-c",
-             flags(config)],
-            env=environment, capture_output=True, text=True, timeout=400,
-        )  # fmt: skip
-        listed = subprocess.run(
-            [str(flower_executable("flwr")), "ls", "here", "--format", "json"],
-            env=environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-    logs = done.stdout + "".join(log.read_text() for log in tmp_path.glob("*.log"))
-    assert json.loads(listed.stdout)["runs"][0]["status"] == "finished:completed", logs
+        logs, statuses = "", []
+        for _ in range(2):  # the second run asks for as much again
+            done = subprocess.run(
+                [str(flower_executable("flwr")), "run", str(ROOT), "here", "--stream", "-c",
+                 flags(config)],
+                env=environment, capture_output=True, text=True, timeout=400,
+            )  # fmt: skip
+            listed = subprocess.run(
+                [str(flower_executable("flwr")), "ls", "here", "--format", "json"],
+                env=environment, capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            logs += done.stdout
+            statuses.append(sorted(r["status"] for r in json.loads(listed.stdout)["runs"]))
+    logs += "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    assert statuses == [
+        ["finished:completed"],
+        ["finished:completed", "finished:failed"],
+    ], logs
+    assert "the client's privacy budget does not allow this round" in logs
+    assert "over its largest epsilon 8 at delta 2e-05" in logs  # in the site's own log
     (result,) = (tmp_path / "out").glob("*/result.json")
     got = json.loads(result.read_text())
     assert (got["clients"], got["rounds"]) == (2, 2), logs
-    # Both rounds' steps were charged, each in a ClientApp process of its own.
+    # Both rounds' steps were charged, each in a ClientApp process of its own; then no more.
     assert 7.9 < got["epsilon"] <= 8.0
+    assert [spent(tmp_path, f"site-{site}") for site in range(2)] == [[(4, 2)], [(4, 2)]]

@@ -114,7 +114,8 @@ def test_a_killed_server_app_is_resumed(tmp_path):
     assert [row["round"] for row in rows] == list(range(9))
     assert rows[:3] == metrics_of(cut)[:3]
     assert result["accuracy_end"] >= 0.8
-    assert result["epsilon"] > 8.0  # the round that was cut off counts twice
+    # Clients that had answered in the round that was cut off sent the same replies again.
+    assert 7.9 < result["epsilon"] <= 8.0
 
 
 def free_port() -> int:
