@@ -132,6 +132,12 @@ def _records(
     encoder = session.task_model.encoder
     # The stamp comes first: files that change while they are read are looked at again.
     stamp = data_stamp(settings.data, context.node_config, seed=settings.seed)
-    records = load_client_records(settings.data, encoder, context.node_config, seed=settings.seed)
+    records = load_client_records(
+        settings.data,
+        encoder,
+        context.node_config,
+        seed=settings.seed,
+        public_records=site.stated_records,
+    )
     site.ledger.admit(site.dataset, training, stamp, records.digests)
     return records

@@ -39,6 +39,11 @@ class Site:
         """Seconds after a message at which, or at a multiple of which, its reply leaves."""
         return self.rules.reply_at if self.rules else 0.0
 
+    @property
+    def stated_records(self) -> int:
+        """The policy's figure for the record count; 0 if the count itself is public."""
+        return self.rules.public_records if self.rules else 0
+
     def public_records(self, records: int) -> int:
         """The figure that stands for the record count in all that leaves.
 

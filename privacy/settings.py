@@ -6,6 +6,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# Far from where float32 underflows: there a clipped gradient is rounded up to more than C.
+SMALLEST_CLIP_NORM = 1e-6
+LARGEST_CLIP_NORM = 1e6
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -37,15 +41,21 @@ class PrivacySettings(BaseModel):
     )
     max_grad_norm: float = Field(
         default=1.0,
-        gt=0,
-        allow_inf_nan=False,
+        ge=SMALLEST_CLIP_NORM,
+        le=LARGEST_CLIP_NORM,
         description="Clip norm C of one record's joint gradient over all active tensors.",
     )
     max_grad_norm_a: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="C of A-only steps; 0: max-grad-norm."
+        default=0.0,
+        ge=0,
+        le=LARGEST_CLIP_NORM,
+        description="C of A-only steps, 1e-06 or more; 0: max-grad-norm.",
     )
     max_grad_norm_b: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="C of B-only steps; 0: max-grad-norm."
+        default=0.0,
+        ge=0,
+        le=LARGEST_CLIP_NORM,
+        description="C of B-only steps, 1e-06 or more; 0: max-grad-norm.",
     )
     sample_rate: float = Field(
         default=0.0,
@@ -86,6 +96,17 @@ class PrivacySettings(BaseModel):
         description="Tests only: 0 or more draws noise and batches from this seed, which voids "
         "the guarantee; -1: the operating system's secure generator.",
     )
+
+    @model_validator(mode="after")
+    def _clip_norms_are_normal_numbers(self) -> Self:
+        for name in ("max_grad_norm_a", "max_grad_norm_b"):
+            norm = getattr(self, name)
+            if 0 < norm < SMALLEST_CLIP_NORM:
+                raise ValueError(
+                    f"privacy.{_kebab(name)}: got {norm}; accepted are 0 and "
+                    f"{SMALLEST_CLIP_NORM:g} to {LARGEST_CLIP_NORM:g}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_sampling_rule(self) -> Self:

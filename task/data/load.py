@@ -27,7 +27,12 @@ NodeConfig = Mapping[str, str | int | float | bool]
 
 
 def load_client_records(
-    settings: DataSettings, encoder: Encoder, node_config: NodeConfig, *, seed: int
+    settings: DataSettings,
+    encoder: Encoder,
+    node_config: NodeConfig,
+    *,
+    seed: int,
+    public_records: int = 0,
 ) -> Records:
     """Load the records of one client.
 
@@ -42,11 +47,15 @@ def load_client_records(
         nowhere), or ``partition-id`` and ``num-partitions`` (simulation).
     seed : int
         Seed of the simulation's split, 0 or more.
+    public_records : int (default: 0)
+        The figure that stands for the number of records, where that is not public; 0: the number.
+        Otherwise a server that tries one ``data.min-records`` after the other would learn it from
+        the refusals.
 
     Returns
     -------
     Records
-        At least ``data.min-records`` of them.
+        At least ``data.min-records`` of them, by the public figure.
 
     Raises
     ------
@@ -57,7 +66,7 @@ def load_client_records(
         records = _load_site(settings, encoder, node_config)
     else:
         records = _load_partition(settings, encoder, node_config, seed)
-    if len(records) < settings.min_records:
+    if (public_records or len(records)) < settings.min_records:
         # How many there are stays here: it is the site's own business.
         raise DataError(
             f"this client has too few records; data.min-records asks for {settings.min_records}"
