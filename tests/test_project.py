@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import subprocess
 import sys
@@ -100,11 +101,18 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info" not in name]
         archive.extractall(tmp_path / "site")
-    assert {name.rsplit("/", 1)[0] for name in files} == {"dp_lora/strategies", "dp_lora/privacy"}
+    assert {name.rsplit("/", 1)[0] for name in files} == {
+        "dp_lora/strategies",
+        "dp_lora/privacy",
+        "dp_lora/privacy/commands",
+    }
+    (script,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    assert "dp-lora = dp_lora.privacy.commands:main" in script.read_text(encoding="utf-8")
     code = (
         "from dp_lora.strategies import LALoRA, RoundPlan; "
         "from dp_lora.privacy import FusedEngine, PrivacyPlan, PrivateGradient, check_engine; "
-        "print(LALoRA().plan(1).mode, PrivateGradient.__module__)"
+        "from dp_lora.privacy.commands import main; "
+        "print(LALoRA().plan(1).mode, PrivateGradient.__module__, main(['plan', '--delta', '2']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -114,7 +122,41 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["alternate", "dp_lora.privacy.mechanism"], done.stderr
+    assert done.stdout.split() == ["alternate", "dp_lora.privacy.mechanism", "2"], done.stderr
+    assert done.stderr.startswith("dp-lora plan: --delta: got '2'; takes")
+
+
+def test_the_launcher_runs_the_commands_from_any_folder(tmp_path):
+    """What `make install` leaves in .venv/bin, also with blanks in the way."""
+    folder = tmp_path / "some where"
+    folder.mkdir()
+    for _ in range(2):  # `make install` makes it again
+        command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(folder)]
+        subprocess.run(command, check=True, cwd=tmp_path)
+    launcher = folder / "dp-lora"
+    assert [file.name for file in folder.iterdir()] == ["dp-lora"]
+    assert launcher.stat().st_mode & 0o777 == 0o755
+    for arguments, status, said in (
+        (["plan", "--help"], 0, "usage: dp-lora plan"),
+        (["plan", "--records", "-1"], 2, "dp-lora plan: --records: got -1; takes"),
+    ):
+        done = subprocess.run(
+            [str(launcher), *arguments],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert (done.stdout + done.stderr).startswith(said)
+
+
+def test_the_launcher_wants_a_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(tmp_path / "missing")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "takes a folder that exists" in done.stderr
 
 
 def test_files_named_in_the_docs_exist():
