@@ -6,6 +6,7 @@ import ast
 import io
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -127,12 +128,17 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
 
 
 def test_the_launcher_runs_the_commands_from_any_folder(tmp_path):
-    """What `make install` leaves in .venv/bin, also with blanks in the way."""
+    """What `make install` leaves in .venv/bin, also with blanks in both paths."""
     folder = tmp_path / "some where"
     folder.mkdir()
+    python = tmp_path / "my python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
     for _ in range(2):  # `make install` makes it again
         command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(folder)]
         subprocess.run(command, check=True, cwd=tmp_path)
+    write = runpy.run_path(str(ROOT / "tools" / "launcher.py"))["write"]
+    write(folder, str(python))
     launcher = folder / "dp-lora"
     assert [file.name for file in folder.iterdir()] == ["dp-lora"]
     assert launcher.stat().st_mode & 0o777 == 0o755
