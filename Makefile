@@ -21,7 +21,7 @@ STAMP := $(VENV)/.installed
 help: ## List the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-install: $(STAMP) ## Make .venv and install everything into it
+install: $(STAMP) $(BIN)/dp-lora ## Make .venv and install everything into it
 
 # Only what the installation depends on: editing code does not install anew.
 $(STAMP): pyproject.toml constraints-cpu.txt
@@ -30,6 +30,10 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $$($(BIN)/python tools/requirements.py)
 	@touch $@
+
+# The app runs from this folder and is never installed: its command is a file that says where it is.
+$(BIN)/dp-lora: tools/launcher.py $(STAMP)
+	@$(BIN)/python tools/launcher.py $(BIN)
 
 run: install ## Run a private federation of simulated clients (METHOD= EPSILON= ROUNDS= CLIENTS= SEED= CONFIG=)
 	@$(BIN)/python -m cli.run --clients $(CLIENTS) \

@@ -34,8 +34,9 @@ class RunFolder:
     """One run's folder.
 
     ``settings.json`` (what was asked), ``metrics.jsonl`` (one line a round, round 0 first),
-    ``checkpoint.npz`` (the server's state after the last whole round), ``result.json`` (the end,
-    written last), ``adapter/`` (PEFT's format), ``ledgers/`` (in simulation: the virtual clients').
+    ``checkpoint.npz`` (the server's state after the last whole round), ``privacy_report.json`` and
+    ``.txt`` (what is guaranteed, for machines and for people), ``result.json`` (the end, written
+    last), ``adapter/`` (PEFT's format), ``ledgers/`` (in simulation: the virtual clients').
 
     Parameters
     ----------
@@ -51,6 +52,8 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.checkpoint = path / "checkpoint.npz"
         self.ledgers = path / "ledgers"
+        self.privacy_report = path / "privacy_report.json"
+        self.privacy_report_text = path / "privacy_report.txt"
 
     @classmethod
     def create(cls, runs: Path, *, method: str, run_id: int) -> RunFolder:
@@ -92,6 +95,12 @@ class RunFolder:
         plain = {key: _plain(value) for key, value in result.items()}
         write_atomically(self.result, json.dumps(plain, indent=2) + "\n")
 
+    def write_privacy_report(self, report: Mapping[str, Any], text: str) -> None:
+        """Write what the run guarantees; ``report`` holds plain finite values or None."""
+        write_atomically(self.privacy_report_text, text)
+        plain = json.dumps(report, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.privacy_report, plain)
+
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Lines written so far; one that is still being written is left for later."""
         if not self.metrics.exists():
@@ -99,6 +108,11 @@ class RunFolder:
         for line in self.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+    def read_privacy_report(self) -> dict[str, Any]:
+        """What a complete run guarantees."""
+        report: dict[str, Any] = json.loads(self.privacy_report.read_text(encoding="utf-8"))
+        return report
 
     def read_result(self) -> dict[str, Any]:
         """The result of a complete run."""

@@ -8,10 +8,10 @@ import stat
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put ``content`` in place of ``path``, on disk when this returns; mode 0600.
+def write_atomically(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Put ``content`` in place of ``path``, on disk when this returns.
 
-    A crash leaves what was there before.
+    After an error or a crash ``path`` is what it was before.
 
     Parameters
     ----------
@@ -19,10 +19,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         In a folder that exists.
     content : bytes
         All of it.
+    mode : int (default: 0o600)
+        Of a new file, less what the umask takes off.
     """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

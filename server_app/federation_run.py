@@ -19,6 +19,7 @@ from task.model import build_task_model
 from .noised_accuracy import NoisedAccuracy
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
+from .privacy_report import as_text, make_report
 from .privacy_tracker import PrivacyTracker
 from .resume import TrainingId, find_earlier_run, take_over
 
@@ -67,7 +68,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     Returns
     -------
     RunFolder
-        With ``metrics.jsonl``, ``result.json`` and the adapter.
+        With ``metrics.jsonl``, the privacy report, ``result.json`` and the adapter.
 
     Raises
     ------
@@ -133,6 +134,8 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     load_adapter(model, strategy.arrays)
     model.save_adapter(folder.adapter)
     first, last = observer.rows[0], observer.rows[-1]
+    report = make_report(settings, tracker)
+    folder.write_privacy_report(report, as_text(report))
     folder.write_result(
         {
             "method": settings.strategy.method,

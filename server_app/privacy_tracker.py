@@ -143,6 +143,14 @@ class PrivacyTracker:
         rounds = -(-one.steps // self._local_steps)
         return ((1.0, self._evaluation_noise, rounds),) if self._evaluation_noise else ()
 
+    def statements(self) -> dict[int, tuple[Statement | None, float]]:
+        """Every client's statement so far with its epsilon, by node id.
+
+        ``None`` and infinity for a client that guarantees nothing.
+        """
+        epsilons = {one: self._epsilon(one) for one in set(self._statements.values())}
+        return {node: (one, epsilons[one]) for node, one in sorted(self._statements.items())}
+
     def _epsilon(self, one: Statement | None) -> float:
         if one is None or _rough_epsilon(one, self._target_delta) > self._most_epsilon:
             return math.inf

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -104,10 +106,13 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
         ("dp_lora", "strategies"),
         ("dp_lora", "privacy"),
     }
+    (script,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
+    assert "dp-lora = dp_lora.privacy.commands:main" in script.read_text(encoding="utf-8")
     code = (
         "from dp_lora.strategies import LALoRA, RoundPlan; "
         "from dp_lora.privacy import FusedEngine, PrivacyPlan, PrivateGradient, check_engine; "
-        "print(LALoRA().plan(1).mode, PrivateGradient.__module__)"
+        "from dp_lora.privacy.commands import main; "
+        "print(LALoRA().plan(1).mode, PrivateGradient.__module__, main(['plan', '--delta', '2']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -117,7 +122,46 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["alternate", "dp_lora.privacy.mechanism"], done.stderr
+    assert done.stdout.split() == ["alternate", "dp_lora.privacy.mechanism", "2"], done.stderr
+    assert done.stderr.startswith("dp-lora plan: --delta: got '2'; takes")
+
+
+def test_the_launcher_runs_the_commands_from_any_folder(tmp_path):
+    """What `make install` leaves in .venv/bin, also with blanks in both paths."""
+    folder = tmp_path / "some where"
+    folder.mkdir()
+    python = tmp_path / "my python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    for _ in range(2):  # `make install` makes it again
+        command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(folder)]
+        subprocess.run(command, check=True, cwd=tmp_path)
+    write = runpy.run_path(str(ROOT / "tools" / "launcher.py"))["write"]
+    write(folder, str(python))
+    launcher = folder / "dp-lora"
+    assert [file.name for file in folder.iterdir()] == ["dp-lora"]
+    assert launcher.stat().st_mode & 0o777 == 0o755
+    for arguments, status, said in (
+        (["plan", "--help"], 0, "usage: dp-lora plan"),
+        (["plan", "--records", "-1"], 2, "dp-lora plan: --records: got -1; takes"),
+    ):
+        done = subprocess.run(
+            [str(launcher), *arguments],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == status, done.stderr
+        assert (done.stdout + done.stderr).startswith(said)
+
+
+def test_the_launcher_wants_a_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "tools" / "launcher.py"), str(tmp_path / "missing")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "takes a folder that exists" in done.stderr
 
 
 def test_files_named_in_the_docs_exist():
