@@ -84,8 +84,7 @@ def trade_off(*, sample_rate: float, noise_multiplier: float, steps: int) -> Tra
         neighboring_relation=pld.NeighborRel.REPLACE_SPECIAL,
     )
     composed = one.self_compose(steps)
-    deltas = np.array([composed.get_delta_for_epsilon(float(value)) for value in _EPSILONS])
-    return TradeOff(_EPSILONS, deltas)
+    return TradeOff(_EPSILONS, np.asarray(composed.get_delta_for_epsilon(_EPSILONS)))
 
 
 def clopper_pearson(hits: int, trials: int, error: float) -> tuple[float, float]:

@@ -54,8 +54,8 @@ _FIRST = "base_model.model.blocks.0.attn.qkv"
 class Inversion:
     """One arm of the inversion attacks: a site of one record, which is in the one batch.
 
-    The whole budget goes into one step without subsampling: nothing that a run does gives the
-    attacker more for the same epsilon and number of steps.
+    The whole budget goes into one step without subsampling, so all that epsilon allows is shown
+    at once.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def ask(arm: Inversion, server: Server, adapter: Any, record: int) -> Floats:
 
 
 def identify(arm: Inversion, trials: int, error: float) -> dict[str, Any]:
-    """Which of the candidate records made the update?
+    """Ask which of the candidate records made the update.
 
     Each candidate is the site's record ``trials`` times.  The guess is the candidate whose own
     clipped gradient is nearest to the released sum: the most likely one under Gaussian noise.
@@ -173,6 +173,7 @@ def identify(arm: Inversion, trials: int, error: float) -> dict[str, Any]:
         "attack": "identification",
         "trained": arm.trained,
         "level": arm.level,
+        "max_grad_norm": arm.max_grad_norm,
         "candidates": count,
         "trials": count * trials,
         "noise_multiplier": plan.noise_multiplier,
@@ -281,7 +282,8 @@ def inputs_of(server: Server, layer: str, batch: dict[str, torch.Tensor]) -> Flo
     finally:
         handle.remove()
     values = kept[0].double().numpy()
-    return values.reshape(len(values), -1, values.shape[-1])
+    inputs: Floats = values.reshape(len(values), -1, values.shape[-1])
+    return inputs
 
 
 def part_of(server: Server, trained: Trained, total: Floats, name: str) -> Floats:
@@ -298,15 +300,16 @@ def part_of(server: Server, trained: Trained, total: Floats, name: str) -> Float
 
 def leading_direction(gradient: Floats) -> Floats:
     """The right singular vector of the largest singular value of a weight's gradient (p, q)."""
-    vectors: Floats = np.linalg.svd(gradient, full_matrices=False)[2]
-    return vectors[0]
+    direction: Floats = np.linalg.svd(gradient, full_matrices=False)[2][0]
+    return direction
 
 
 def cosines(rows: Floats, others: Floats) -> Floats:
     """Cosine similarity of each row with each other one, (n, m)."""
     left = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     right = others / np.linalg.norm(others, axis=1, keepdims=True)
-    return left @ right.T
+    likeness: Floats = left @ right.T
+    return likeness
 
 
 def chance_cosine(width: int, dimensions: int = 1) -> float:

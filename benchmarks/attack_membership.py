@@ -1,4 +1,4 @@
-"""Membership inference: was this record among the site's, by what the site sent?
+"""Membership inference: telling by what a site sent whether it holds a record.
 
 Worlds are played through the production client.  In half of them the site holds the target, in
 the others it does not; noise and batches come from the secure source, anew in each.
@@ -190,7 +190,8 @@ def play(game: Game, worlds: int) -> dict[str, Any]:
     evidence, norms = [], []
     for number in range(1, game.rounds + 1):
         adapter = read_adapter(game.folder, number)
-        raw = [server.gradients(adapter, trained, server.batch(*part)) for part in (targets, others)]
+        batches = [server.batch(*part) for part in (targets, others)]
+        raw = [server.gradients(adapter, trained, batch) for batch in batches]
         norms.append(np.linalg.norm(raw[0], axis=1) / game.max_grad_norm)
         rows = [clipped(part, plan.clip_norm(trained.kind)) for part in raw]
         noise_std = plan.noise_std(trained.kind) or _ROUNDING

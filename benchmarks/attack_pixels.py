@@ -170,10 +170,9 @@ def reconstruct(arm: Inversion, records: int, search: Search, seed: int) -> dict
     images, labels = read_records(Path(arm.folder) / "candidates.npz")
     server.load(adapter)
     sums = [ask(arm, server, adapter, record) for record in range(records)]
-    released = [
-        torch.from_numpy(np.stack([part_of(server, trained, total, name) for total in sums])).float()
-        for name in server.names(trained)
-    ]
+    names = server.names(trained)
+    parts = [np.stack([part_of(server, trained, total, name) for total in sums]) for name in names]
+    released = [torch.from_numpy(part).float() for part in parts]
     found = PixelSearch(server, arm.trained).run(
         released, torch.from_numpy(labels[:records]), search, seed
     )

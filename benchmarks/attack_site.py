@@ -41,22 +41,18 @@ LEARNING_RATE = 1.0
 
 @dataclass(frozen=True)
 class Trained:
-    """What the round under attack trains, and so sends."""
+    """What the round under attack trains, and so sends; ``kind`` chooses its clip norm."""
 
     mode: Mode
+    kind: StepKind
     head: bool = False
-
-    @property
-    def kind(self) -> StepKind:
-        """Which clip norm the step takes."""
-        return "mixed" if self.mode in ("both", "alternate") else self.mode
 
 
 TRAINED = {
-    "B": Trained("B"),
-    "A": Trained("A"),
-    "A and B": Trained("both"),
-    "B and head": Trained("B", head=True),
+    "B": Trained("B", "B"),
+    "A": Trained("A", "A"),
+    "A and B": Trained("both", "mixed"),
+    "B and head": Trained("B", "B", head=True),
 }
 # Target epsilons of the whole run; None: no privacy.
 LEVELS: dict[str, float | None] = {
@@ -134,11 +130,11 @@ def ask_site(
         If the site answers with a failure.
     """
     arrays = ArrayRecord({name: Array(value) for name, value in adapter.items()})
-    wire = {"base": "", "version": version_of(arrays), "rank": 0, "dtype": "float32"}
+    version = version_of(arrays)
     content = RecordDict(
         {
             "arrays": arrays,
-            WIRE_KEY: ConfigRecord(dict(wire)),
+            WIRE_KEY: ConfigRecord({"base": "", "version": version, "rank": 0, "dtype": "float32"}),
             "config": ConfigRecord({FINGERPRINT_KEY: fingerprint}),
             ROUND_PLAN_KEY: plan.to_record(),
         }
@@ -205,9 +201,8 @@ class Server:
         rows = self._engine.per_record_gradients(
             self.names(trained), lambda: self.model.per_record_losses(batch), count
         )
-        return np.concatenate(
-            [rows[name].reshape(count, -1).double().numpy() for name in self.names(trained)], axis=1
-        )
+        flat = [rows[name].reshape(count, -1).double().numpy() for name in self.names(trained)]
+        return np.concatenate(flat, axis=1)
 
     def flat(self, trained: Trained, tensors: Adapter) -> Floats:
         """The tensors of an update as one vector (d,), in the order of :meth:`gradients`."""
@@ -226,7 +221,8 @@ def plan_of(config: RunConfig, num_records: int) -> PrivacyPlan:
 def clipped(gradients: Floats, max_grad_norm: float) -> Floats:
     """Rows (n, d) brought to a norm of at most C."""
     norms = np.linalg.norm(gradients, axis=1, keepdims=True)
-    return gradients * np.minimum(1.0, max_grad_norm / np.maximum(norms, 1e-300))
+    result: Floats = gradients * np.minimum(1.0, max_grad_norm / np.maximum(norms, 1e-300))
+    return result
 
 
 def released_sum(server: Server, trained: Trained, update: Adapter, normaliser: float) -> Floats:

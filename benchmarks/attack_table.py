@@ -37,9 +37,7 @@ def _membership(rows: Rows) -> list[str]:
         ]
         for fpr in (0.01, 0.001):
             point = points[fpr]
-            cells.append(
-                f"{point['tpr']:.1%} [{point['tpr_low']:.1%}, {point['tpr_high']:.1%}]"
-            )
+            cells.append(f"{point['tpr']:.1%} [{point['tpr_low']:.1%}, {point['tpr_high']:.1%}]")
             cells.append(_bound(row, point["bound"], ".1%"))
         lines.append(cells)
     header = ["trained", "privacy", "rounds", "attacker", "tests, in + out", "AUC", "bound"]
@@ -56,6 +54,7 @@ def _identification(rows: Rows) -> list[str]:
         [
             row["trained"],
             row["level"],
+            "none" if row["level"] == "none" else f"{row['max_grad_norm']:g}",
             f"{row['noise_multiplier']:.2f}",
             f"{row['trials']}",
             f"{row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]",
@@ -63,7 +62,7 @@ def _identification(rows: Rows) -> list[str]:
         ]
         for row in _of(rows, "identification")
     ]
-    header = ["trained", "privacy", "noise multiplier", "updates", "identified", "bound"]
+    header = ["trained", "privacy", "C", "noise multiplier", "updates", "identified", "bound"]
     return markdown(header, lines)
 
 
@@ -119,10 +118,13 @@ def draw_figure(rows: Rows, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(height, width, squeeze=False)
     for across, block in enumerate(blocks):
-        shown = [*lines, *((level, found[(block, level)]) for level in levels)]
+        shown = [*lines, *((level, found.get((block, level))) for level in levels)]
         for down, (name, images) in enumerate(shown):
-            for number, image in enumerate(images):
+            for number, image in enumerate(images or [None] * count):
                 axis = axes[down][across * count + number]
+                if image is None:  # this arm is not attacked
+                    axis.set_axis_off()
+                    continue
                 axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 axis.set(xticks=[], yticks=[])
                 if across == number == 0:
