@@ -71,7 +71,7 @@ class Size:
     search: Search
 
 
-FULL = Size(tuple(TRAINED), tuple(LEVELS), 680, 200, 3, 100, 2, 6, Search(12, 60, 2, 300))
+FULL = Size(tuple(TRAINED), tuple(LEVELS), 500, 120, 3, 100, 2, 6, Search(8, 60, 2, 250))
 QUICK = Size(
     *(_SINGLE, ("none", "epsilon 8", "epsilon 1"), 160, 80, 3, 100, 1, 2, Search(8, 50, 2, 150))
 )
