@@ -16,7 +16,6 @@ from .contracts import (
     noise_scale,
     sampling,
     sensitivity,
-    step_noise,
     unrelated,
 )
 from .one_run import (
@@ -73,7 +72,6 @@ __all__ = [
     "recorded",
     "sampling",
     "sensitivity",
-    "step_noise",
     "threshold_bound",
     "unrelated",
 ]

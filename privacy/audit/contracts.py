@@ -84,14 +84,17 @@ def sensitivity(
 
 
 def noise_scale(
-    residuals: npt.NDArray[np.floating], std: float, detector: str = "noise"
+    residuals: Sequence[npt.NDArray[np.floating]], std: float, detector: str = "noise"
 ) -> Finding:
-    """Pure noise must have the standard deviation that is stated.
+    """What should be pure noise must have the standard deviation that is stated, group by group.
+
+    Groups are tensors (one that is not noised) or steps (a normaliser that follows the drawn
+    batch, a step without noise), which the whole would hide.
 
     Parameters
     ----------
-    residuals : numpy.ndarray
-        Independent values, of any shape, that are N(0, std^2) if the code is right.
+    residuals : sequence of numpy.ndarray
+        Groups of values, of any shape, that are independent and N(0, std^2) if the code is right.
     std : float
         What it must be.
     detector : str (default: "noise")
@@ -99,38 +102,22 @@ def noise_scale(
 
     Notes
     -----
-    Two-sided chi-square test of ``sum(r^2) / std^2``; fails right code with probability
-    :data:`RISK`.  The finding's number is that of the deviation, ``|z|``, of the chi-square's
-    normal approximation; the decision is by the exact quantiles.
+    Two-sided chi-square test of ``sum(r^2) / std^2`` in each group; the groups share
+    :data:`RISK` (Bonferroni), with which right code fails.
     """
-    return _chi_square([residuals.ravel()], std, detector, RISK)
-
-
-def step_noise(residuals: Sequence[npt.NDArray[np.floating]], std: float) -> Finding:
-    """Every single step's noise must have the same public scale, whatever batch was drawn.
-
-    A normaliser that follows the drawn batch, or a step without noise, shows in single steps
-    though their mean may look right.  As :func:`noise_scale` for each step, with the risk shared
-    (Bonferroni).
-    """
-    return _chi_square([r.ravel() for r in residuals], std, "normaliser", RISK / len(residuals))
-
-
-def _chi_square(
-    groups: Sequence[npt.NDArray[np.floating]], std: float, detector: str, risk: float
-) -> Finding:
-    worst, passed = 1.0, True
-    for group in groups:
-        statistic = float(np.square(group.astype(np.float64) / std).sum())
-        low, high = chi2.ppf([risk / 2, 1 - risk / 2], group.size)
-        passed = passed and bool(low <= statistic <= high)
-        ratio = math.sqrt(statistic / group.size)
-        if abs(math.log(max(ratio, 1e-300))) >= abs(math.log(max(worst, 1e-300))):
-            worst = ratio
-    size = min(group.size for group in groups)
-    limit = math.sqrt(chi2.ppf(1 - risk / 2, size) / size)
-    detail = "measured noise over the stated one, where farthest off, and the upper limit"
-    return Finding(detector, passed, worst, limit, detail)
+    risk = RISK / len(residuals)
+    groups = [np.asarray(group, dtype=np.float64).ravel() / std for group in residuals]
+    totals = [float(np.square(group).sum()) for group in groups]
+    tails = [
+        2 * min(chi2.cdf(total, group.size), chi2.sf(total, group.size))
+        for total, group in zip(totals, groups, strict=True)
+    ]
+    at = int(np.argmin(tails))
+    size, ratio = groups[at].size, math.sqrt(totals[at] / groups[at].size)
+    low, high = (math.sqrt(x / size) for x in chi2.ppf([risk / 2, 1 - risk / 2], size))
+    detail = "measured noise over the stated one in the least likely group, and the nearer limit"
+    limit = high if ratio > 1 else low
+    return Finding(detector, bool(min(tails) >= risk), ratio, limit, detail)
 
 
 def sampling(

@@ -227,13 +227,14 @@ def accounted_epsilon_bound(
         low, high = (middle, high) if refuted(middle) else (low, middle)
     if low == -25:
         return 0.0
-    return pld_epsilon(
+    epsilon: float = pld_epsilon(
         sample_rate=sample_rate,
         noise_multiplier=noise(low),
         steps=steps,
         delta=delta,
         interval=1e-3,
     )
+    return epsilon
 
 
 @functools.lru_cache(maxsize=256)

@@ -79,7 +79,7 @@ def recorded(injector: Injector | None = None) -> Iterator[Tape]:
         Filled while the block runs.
     """
     tape = Tape()
-    sum_in_parts, run = mechanism.clipped_sum_in_parts, HookEngine._run
+    sum_in_parts, run = vars(mechanism)["clipped_sum_in_parts"], HookEngine._run
 
     def taped_sum(
         engine: ClippingEngine,
@@ -96,7 +96,9 @@ def recorded(injector: Injector | None = None) -> Iterator[Tape]:
             entered.append(tape._part)
             return losses(part)
 
-        sums = sum_in_parts(engine, active, noted, indices, max_grad_norm, max_physical_batch_size)
+        sums: dict[str, Tensor] = sum_in_parts(
+            engine, active, noted, indices, max_grad_norm, max_physical_batch_size
+        )
         tape.batches.append(np.concatenate([np.empty(0, dtype=np.int64), *entered]))
         tape.sums.append({name: value.detach().clone() for name, value in sums.items()})
         return sums
