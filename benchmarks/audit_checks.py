@@ -125,16 +125,14 @@ def two_world_bound(trials: int, noise_multiplier: float, seed: int) -> tuple[fl
         noise_multiplier=noise_multiplier, steps=1, target_delta=1e-5,
     )  # fmt: skip
     source = SeededTestSource((seed, trials))
-    scores = {}
-    for present in (True, False):
-        gradient = torch.zeros(1, 4)
-        gradient[0, 0] = CANARY_NORM * CLIP_NORM * present
+
+    def scores(present: bool) -> npt.NDArray[np.float64]:
+        gradient = torch.full((1, 1), CANARY_NORM * CLIP_NORM * present)
         step = PrivateGradient(plan, _MadeUp(gradient), 1, lambda indices: gradient, source)
-        scores[present] = np.array(
-            [float(step.step(["w"], "mixed")["w"][0]) for _ in range(trials)]
-        )
+        return np.array([float(step.step(["w"], "mixed")["w"]) for _ in range(trials)])
+
     delta = plan.target_delta
-    bound = threshold_bound(scores[True], scores[False], delta=delta, confidence=CONFIDENCE)
+    bound = threshold_bound(scores(True), scores(False), delta=delta, confidence=CONFIDENCE)
     return bound, plan.epsilon()
 
 
@@ -197,7 +195,7 @@ class _Without:
 def check_noise(site: Site, seed: int) -> Finding:
     """With every gradient zero, each tensor's update is noise of the stated size."""
     context = site.context(site.config(records=OTHERS))
-    groups: dict[str, list[npt.NDArray]] = {}
+    groups: dict[str, list[npt.NDArray[np.float64]]] = {}
     with recorded(Silence()):
         for server_round in range(1, site.rounds + 1):
             plan = site.plan(server_round)
@@ -324,7 +322,7 @@ def check_fresh_noise(site: Site, seed: int) -> Finding:
     noises = []
     for _ in range(2):
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - the very generator that code might draw from
+        np.random.seed(seed)  # what careless code would draw from
         torch.manual_seed(seed)
         with recorded(Silence()):
             reply = site.train(site.context(config), site.plan(1))

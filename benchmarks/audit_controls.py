@@ -139,7 +139,8 @@ def _batches_of_one_size() -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _loss_in_the_reply() -> Iterator[None]:
-    per_record_losses, update_records = TaskModel.per_record_losses, round_handler.update_records
+    per_record_losses = TaskModel.per_record_losses
+    update_records = vars(round_handler)["update_records"]
     last = [0.0]
 
     def noted(model: TaskModel, *others: Any, **named: Any) -> Tensor:
@@ -179,7 +180,8 @@ def _scores_from_raw_gradients() -> Iterator[None]:
 def _noise_from_a_known_seed() -> contextlib.AbstractContextManager[object]:
     def broken(source: SecureSource, count: int) -> npt.NDArray[np.uint64]:
         generator = source.__dict__.setdefault("generator", np.random.default_rng(0))
-        return generator.integers(0, 2**64, size=count, dtype=np.uint64)
+        words: npt.NDArray[np.uint64] = generator.integers(0, 2**64, size=count, dtype=np.uint64)
+        return words
 
     return mock.patch.object(SecureSource, "words", broken)
 
@@ -189,7 +191,8 @@ def _more_steps_than_charged() -> contextlib.AbstractContextManager[object]:
 
     def broken(plan: RoundPlan, *others: Any, **named: Any) -> dict[str, Tensor]:
         longer = dataclasses.replace(plan, local_steps=plan.local_steps + 2)
-        return train_round(longer, *others, **named)
+        update: dict[str, Tensor] = train_round(longer, *others, **named)
+        return update
 
     return mock.patch.object(round_handler, "train_round", broken)
 

@@ -9,6 +9,7 @@ import dataclasses
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -127,8 +128,8 @@ class Site:
             "data.num-labels": CLASSES,
             "data.partitioner": "iid",
             "data.min-records": 1,
-            "lora.r": 4,
-            "lora.lora-alpha": 4,
+            "lora.r": 8,
+            "lora.lora-alpha": 8,
             "strategy.method": "dp-lora",
             "strategy.num-rounds": self.rounds,
             "strategy.local-steps": self.local_steps,
@@ -165,7 +166,10 @@ class Site:
         )
 
     def train(
-        self, context: Context, plan: RoundPlan, state: Mapping[str, npt.NDArray] | None = None
+        self,
+        context: Context,
+        plan: RoundPlan,
+        state: Mapping[str, npt.NDArray[np.float32]] | None = None,
     ) -> Reply:
         """Send one train message with the whole adapter and take the reply.
 
@@ -176,7 +180,12 @@ class Site:
         """
         values = self.start if state is None else state
         arrays = ArrayRecord({n: Array(v.astype(np.float32)) for n, v in values.items()})
-        wire = {"base": "", "version": version_of(arrays), "rank": 0, "dtype": "float32"}
+        wire: dict[str, Any] = {
+            "base": "",
+            "version": version_of(arrays),
+            "rank": 0,
+            "dtype": "float32",
+        }
         content = RecordDict(
             {
                 "arrays": arrays,
@@ -190,7 +199,7 @@ class Site:
         message.metadata.__dict__["_src_node_id"] = 0
         reply = handle_train(message, context)
         if reply.has_error():
-            raise ClientRefused(reply.error.code, reply.error.reason)
+            raise ClientRefused(reply.error.code, str(reply.error.reason))
         return Reply(reply.content)
 
 

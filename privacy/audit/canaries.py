@@ -49,7 +49,10 @@ class Canaries:
         seed: int,
         norm: float,
     ) -> Self:
-        """Toss the coins and draw independent, uniformly random directions.
+        """Toss the coins and draw uniformly random directions, orthogonal ones if they fit.
+
+        With as many values as canaries or more, the directions are a random orthonormal frame:
+        no canary then shows in another's score.  Otherwise they are independent.
 
         Parameters
         ----------
@@ -68,6 +71,8 @@ class Canaries:
         included = rng.random(len(records)) < 0.5
         sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
         flat = rng.standard_normal((len(records), sum(sizes.values())), dtype=np.float32)
+        if len(flat) <= flat.shape[1]:
+            flat = np.linalg.qr(flat.T).Q.T
         flat /= np.linalg.norm(flat, axis=1, keepdims=True)
         directions, start = {}, 0
         for name, shape in shapes.items():

@@ -216,7 +216,7 @@ def accounted_epsilon_bound(
     """
 
     def noise(index: int) -> float:
-        return noise_multiplier * 2.0 ** (-index / 8)
+        return noise_multiplier * math.pow(2.0, -index / 8)
 
     def refuted(index: int) -> bool:
         return is_refuted(guesses, _curve(sample_rate, noise(index), steps), risk)
