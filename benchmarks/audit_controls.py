@@ -164,7 +164,7 @@ def _scores_from_raw_gradients() -> Iterator[None]:
     raw: dict[str, npt.NDArray[np.float32]] = {}
 
     def noted(sums: Mapping[str, Tensor], plan: PrivacyPlan, *others: Any) -> dict[str, Tensor]:
-        raw.update({n: (v / plan.expected_batch_size).numpy() for n, v in sums.items()})
+        raw.update({n: (v.detach() / plan.expected_batch_size).numpy() for n, v in sums.items()})
         return privatize(sums, plan, *others)
 
     def broken(energies: GradientEnergies, step: int, gradients: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ def sampling(
     else:
         spread = 1.0 if bool((sizes == num_records).all()) else 0.0
     once = all(len(np.unique(batch)) == len(batch) for batch in batches)
-    passed = min(rate, spread) > RISK / 2 and once
+    passed = bool(min(rate, spread) > RISK / 2) and once
     measured = float(sizes.sum()) / trials
     return Finding(
         "sampling",
