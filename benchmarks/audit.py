@@ -46,7 +46,7 @@ class Scale:
 
 
 QUICK = Scale(1000, 5, 4, 0.2, 6000, 1)
-FULL = Scale(2000, 10, 8, 0.1, 20000, 3)
+FULL = Scale(2000, 10, 4, 0.2, 12000, 2)
 
 
 def main(arguments: list[str] | None = None) -> int:

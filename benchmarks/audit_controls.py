@@ -199,7 +199,7 @@ def _more_steps_than_charged() -> contextlib.AbstractContextManager[object]:
 
 CONTROLS: Sequence[Control] = (
     Control("no noise", "canaries", _noise_times(0.0)),
-    Control("a quarter of the noise", "canaries", _noise_times(0.25)),
+    Control("a quarter of the noise", "canaries, Gaussian", _noise_times(0.25)),
     Control("half the noise", "noise", _half_the_noise),
     Control("the head is not noised", "noise", _head_without_noise),
     Control("no clipping", "canaries", _clipping(lambda clip, g, norm: clip(g, math.inf))),

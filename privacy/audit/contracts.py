@@ -47,12 +47,16 @@ class Finding:
         return cls(detector, bool(value <= limit), float(value), float(limit), detail)
 
 
-def lower_bounds(bounds: Mapping[str, float], claimed: float) -> Finding:
-    """No lower bound on epsilon may lie above the claim."""
-    name = max(bounds, key=lambda key: bounds[key])
-    return Finding.at_most(
-        "canaries", bounds[name], claimed, f"largest lower bound on epsilon ({name}), and the claim"
-    )
+def lower_bounds(
+    bounds: Mapping[str, float], claimed: float, detector: str = "canaries"
+) -> Finding:
+    """No lower bound on epsilon, by name of its estimator, may lie above the claim.
+
+    Fails right code with the estimators' own risks, added up.
+    """
+    each = ", ".join(f"{name} {value:.2f}" for name, value in bounds.items())
+    detail = f"largest lower bound on epsilon, and the claim ({each})"
+    return Finding.at_most(detector, max(bounds.values()), claimed, detail)
 
 
 def sensitivity(
