@@ -175,7 +175,7 @@ def unrelated(first: npt.NDArray[np.floating], second: npt.NDArray[np.floating])
     """
     a, b = (x.astype(np.float64).ravel() - x.mean() for x in (first, second))
     scale = float(np.linalg.norm(a) * np.linalg.norm(b))
-    correlation = abs(float(a @ b)) / scale if scale > 0 else 1.0
+    correlation = abs(float(a @ b)) / scale if scale > 0 else math.inf
     return Finding.at_most(
         "fresh noise", correlation, 4.06 / math.sqrt(a.size), "correlation of two releases' noise"
     )

@@ -93,9 +93,8 @@ def threshold_bound(
     risk = (1 - confidence) / 2
     _check_risk(risk)
     half_present, half_absent = len(present) // 2, len(absent) // 2
-    candidates = np.quantile(
-        np.concatenate([present[:half_present], absent[:half_absent]]), np.linspace(0, 1, 201)
-    )
+    seen = np.concatenate([present[:half_present], absent[:half_absent]])
+    candidates = np.unique(np.quantile(seen, np.linspace(0, 1, 201)))
 
     def bound(threshold: float, ins: Scores, outs: Scores) -> float:
         hits, alarms = int((ins >= threshold).sum()), int((outs >= threshold).sum())
