@@ -77,6 +77,11 @@ def recorded(injector: Injector | None = None) -> Iterator[Tape]:
     ------
     Tape
         Filled while the block runs.
+
+    Raises
+    ------
+    TypeError
+        In a step, if there is an injector and the engine is not one that it can reach.
     """
     tape = Tape()
     sum_in_parts, run = vars(mechanism)["clipped_sum_in_parts"], HookEngine._run
@@ -89,6 +94,11 @@ def recorded(injector: Injector | None = None) -> Iterator[Tape]:
         max_grad_norm: float,
         max_physical_batch_size: int,
     ) -> dict[str, Tensor]:
+        if injector is not None and not isinstance(engine, HookEngine):
+            raise TypeError(
+                f"gradients can be put into the fused and the hook engine, not into a "
+                f"{type(engine).__name__}: an audit of it would find nothing"
+            )
         entered: list[Indices] = []
 
         def noted(part: Indices) -> Tensor:

@@ -132,6 +132,20 @@ def test_silence_leaves_the_noise(step):
     assert flat(released).all()
 
 
+def test_an_engine_out_of_reach_is_refused_and_not_passed_over(canaries):
+    class Other:
+        def clipped_sum(self, active, losses, num_records, max_grad_norm):
+            raise AssertionError("never asked")
+
+    plan = PrivacyPlan(
+        sample_rate=1.0, expected_batch_size=3.0, max_grad_norm=1.0,
+        noise_multiplier=1.0, steps=1, target_delta=1e-5,
+    )  # fmt: skip
+    gradient = PrivateGradient(plan, Other(), 3, lambda part: None, SeededTestSource((0,)))
+    with recorded(canaries), pytest.raises(TypeError, match="not into a Other"):
+        gradient.step(["first"], "mixed")
+
+
 def test_the_production_code_is_put_back(step):
     before = vars(mechanism)["clipped_sum_in_parts"], HookEngine._run
     with pytest.raises(RuntimeError, match="inside"), recorded(Silence()):
