@@ -22,8 +22,9 @@ from typing import Any
 
 from federation.messages import ClientFailure
 
-from .audit_checks import CHECKS, CONFIDENCE, OTHERS, canary_run, two_world_bound
+from .audit_checks import CHECKS
 from .audit_controls import CONTROLS, Control
+from .audit_runs import CONFIDENCE, OTHERS, canary_run, two_world_bound
 from .audit_site import ClientRefused, Site
 from .report import Bars, Rows, bar, commit, finish, inside_a_run, markdown, page, progress
 

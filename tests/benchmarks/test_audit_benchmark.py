@@ -11,8 +11,9 @@ import pytest
 
 from benchmarks import audit
 from benchmarks.audit import judge, main, table, try_control
-from benchmarks.audit_checks import CHECKS, canary_run, two_world_bound
+from benchmarks.audit_checks import CHECKS
 from benchmarks.audit_controls import CONTROLS, Control
+from benchmarks.audit_runs import canary_run, two_world_bound
 from benchmarks.audit_site import ClientRefused, Site, released
 from client_app import round_handler
 from client_app.session import forget
