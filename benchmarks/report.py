@@ -9,8 +9,9 @@ import logging
 import os
 import platform
 import resource
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ def bar(value: float, limit: float, *, at_least: bool) -> dict[str, Any]:
 
 
 def finish(
-    rows: Rows, bars: Bars, *, as_json: bool, table: Callable[[Rows, Bars], str] | None = None
+    rows: Rows,
+    bars: Bars,
+    *,
+    as_json: bool,
+    table: Callable[[Rows, Bars], str] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Print the result on standard output; return 1 if a bar fails.
 
@@ -39,9 +45,12 @@ def finish(
         One JSON object instead of the table.
     table : callable, optional
         Makes the text; only needed without ``as_json``.
+    facts : mapping, optional
+        More for the JSON object: the commit, settings.
     """
     if as_json or table is None:
-        print(json.dumps({"machine": machine(), "rows": rows, "bars": bars}, indent=2))
+        result = {"machine": machine(), **(facts or {}), "rows": rows, "bars": bars}
+        print(json.dumps(result, indent=2))
     else:
         print(table(rows, bars))
     return 0 if all(promise["ok"] for promise in bars.values()) else 1
@@ -82,6 +91,23 @@ def machine() -> str:
         parts.append(f"torch {importlib.metadata.version('torch')}")
     parts.append(threads)
     return ", ".join(parts)
+
+
+def commit() -> str:
+    """The commit that is measured, ``+`` behind it if files differ; ``unknown`` outside git."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def peak_rss() -> int:
