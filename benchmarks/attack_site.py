@@ -18,9 +18,9 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.round_handler import handle_train
-from federation.messages import FINGERPRINT_KEY
+from federation.messages import FINGERPRINT_KEY, TRAINING_KEY
 from federation.settings import Settings
-from privacy import PrivacyPlan, StepKind, make_engine
+from privacy import Ledger, PrivacyPlan, StepKind, make_engine
 from strategies import ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
 from strategies.round_plan import Mode
 from strategies.versions import version_of
@@ -107,14 +107,31 @@ def write_records(path: Path, images: npt.NDArray[np.uint8], labels: npt.NDArray
 
 def site_context(config: RunConfig, records: Path) -> Context:
     """A SuperNode's context at the start of a run: its own records, nothing charged yet."""
+    policy = _new_account(records)
     return Context(
         run_id=1,
         node_id=1,
         # One thread, whatever the machine: attacks run side by side in processes.
-        node_config={"data-path": str(records), "threads": 1},
+        node_config={"data-path": str(records), "policy": str(policy), "threads": 1},
         state=RecordDict(),
         run_config=dict(config),
     )
+
+
+def _new_account(records: Path) -> Path:
+    """An empty ledger, and a policy that allows everything: each world is one of its own."""
+    folder = records.parent / "accounts" / secrets.token_hex(8)
+    folder.mkdir(parents=True)
+    Ledger.create(folder / "ledger", folder / "head.json")
+    policy = folder / "policy.toml"
+    policy.write_text(
+        f'[ledger]\npath = "{folder / "ledger"}"\nhead = "{folder / "head.json"}"\n'
+        f'[datasets.attacked]\ndata-paths = ["{records}"]\nmax-epsilon = 1000.0\n'
+        'max-delta = 1e-4\nmin-records = 1\ntasks = ["image-classification"]\n'
+        "only-privatised = false\n"
+    )
+    policy.chmod(0o600)
+    return policy
 
 
 def ask_site(
@@ -135,7 +152,7 @@ def ask_site(
         {
             "arrays": arrays,
             WIRE_KEY: ConfigRecord({"base": "", "version": version, "rank": 0, "dtype": "float32"}),
-            "config": ConfigRecord({FINGERPRINT_KEY: fingerprint}),
+            "config": ConfigRecord({FINGERPRINT_KEY: fingerprint, TRAINING_KEY: "attacked1"}),
             ROUND_PLAN_KEY: plan.to_record(),
         }
     )

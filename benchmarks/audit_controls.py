@@ -17,7 +17,7 @@ import numpy.typing as npt
 from flwr.app import MetricRecord
 from torch import Tensor
 
-from client_app import round_handler
+from client_app import private_round
 from privacy import PoissonSampler, PrivacyPlan, SecureSource, hook_engine, mechanism, sampling
 from strategies import GradientEnergies, RoundPlan, kind_of
 from task.model import TaskModel
@@ -140,7 +140,7 @@ def _batches_of_one_size() -> contextlib.AbstractContextManager[object]:
 @contextlib.contextmanager
 def _loss_in_the_reply() -> Iterator[None]:
     per_record_losses = TaskModel.per_record_losses
-    update_records = vars(round_handler)["update_records"]
+    update_records = vars(private_round)["update_records"]
     last = [0.0]
 
     def noted(model: TaskModel, *others: Any, **named: Any) -> Tensor:
@@ -153,7 +153,7 @@ def _loss_in_the_reply() -> Iterator[None]:
 
     with (
         mock.patch.object(TaskModel, "per_record_losses", noted),
-        mock.patch.object(round_handler, "update_records", broken),
+        mock.patch.object(private_round, "update_records", broken),
     ):
         yield
 
@@ -186,15 +186,25 @@ def _noise_from_a_known_seed() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(SecureSource, "words", broken)
 
 
-def _more_steps_than_charged() -> contextlib.AbstractContextManager[object]:
-    train_round = vars(round_handler)["train_round"]
+@contextlib.contextmanager
+def _more_steps_than_charged() -> Iterator[None]:
+    train_round = vars(private_round)["train_round"]
+    begin = mechanism.PrivateGradient.__init__
 
     def broken(plan: RoundPlan, *others: Any, **named: Any) -> dict[str, Tensor]:
         longer = dataclasses.replace(plan, local_steps=plan.local_steps + 2)
         update: dict[str, Tensor] = train_round(longer, *others, **named)
         return update
 
-    return mock.patch.object(round_handler, "train_round", broken)
+    def unguarded(step: mechanism.PrivateGradient, *others: Any, **named: Any) -> None:
+        begin(step, *others, **named)
+        step._charged += 2  # else the step itself refuses
+
+    with (
+        mock.patch.object(private_round, "train_round", broken),
+        mock.patch.object(mechanism.PrivateGradient, "__init__", unguarded),
+    ):
+        yield
 
 
 CONTROLS: Sequence[Control] = (

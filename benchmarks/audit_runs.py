@@ -104,8 +104,15 @@ def two_world_bound(trials: int, noise_multiplier: float, seed: int) -> tuple[fl
 
     def scores(present: bool) -> npt.NDArray[np.float64]:
         gradient = torch.full((1, 1), CANARY_NORM * CLIP_NORM * present)
-        step = PrivateGradient(plan, _MadeUp(gradient), 1, lambda indices: gradient, source)
-        return np.array([float(step.step(["w"], "mixed")["w"]) for _ in range(trials)])
+
+        def losses(indices: object) -> Tensor:
+            return gradient
+
+        def once() -> float:
+            step = PrivateGradient(plan, _MadeUp(gradient), 1, losses, source, charged=1)
+            return float(step.step(["w"], "mixed")["w"])
+
+        return np.array([once() for _ in range(trials)])
 
     delta = plan.target_delta
     bound = threshold_bound(scores(True), scores(False), delta=delta, confidence=CONFIDENCE)

@@ -6,6 +6,7 @@ The only place of the audit that knows how a client is spoken to.
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.round_handler import handle_train
-from federation.messages import FINGERPRINT_KEY
+from federation.messages import FINGERPRINT_KEY, TRAINING_KEY
 from federation.settings import Settings
 from privacy import pld_epsilon
 from strategies import PRIVACY_KEY, ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
@@ -121,6 +122,7 @@ class Site:
         return {
             "seed": self._seed,
             "device": "cpu",
+            "output-dir": str(self._folder / "runs"),
             "model.source": "timm",
             "model.name": str(self._folder / "vit"),
             "data.source": "npz",
@@ -144,7 +146,7 @@ class Site:
     def context(self, config: RunConfig) -> Context:
         """A client that has not taken part yet, with all records of the data set."""
         return Context(
-            run_id=1,
+            run_id=secrets.randbits(62),  # a run, and so a ledger, of its own
             node_id=1,
             node_config={"partition-id": 0, "num-partitions": 1},
             state=RecordDict(),
@@ -190,7 +192,9 @@ class Site:
             {
                 "arrays": arrays,
                 WIRE_KEY: ConfigRecord(wire),
-                "config": ConfigRecord({FINGERPRINT_KEY: self._model.fingerprint}),
+                "config": ConfigRecord(
+                    {FINGERPRINT_KEY: self._model.fingerprint, TRAINING_KEY: "audited1"}
+                ),
                 ROUND_PLAN_KEY: plan.to_record(),
             }
         )
