@@ -141,15 +141,16 @@ def _accountant() -> dict[str, str]:
         "of_record": "PLD, privacy loss distributions with pessimistic discretisation, "
         f"dp-accounting {version('dp-accounting')}",
         "cross_check": f"PRV, Opacus {version('opacus')}: each site calibrates only where both "
-        "agree within 2 % and PRV's own error",
+        "agree within 2 % plus twice PRV's stated error",
     }
 
 
 def _statement(reason: str | None, overall: Mapping[str, Any]) -> str:
     if reason is not None:
         return f"NOT PRIVATE: {reason}."
+    epsilon = math.ceil(overall["epsilon"] * 1e4) / 1e4  # a smaller one would not hold
     return (
-        f"Everything that a client sent is ({overall['epsilon']:.4f}, {overall['delta']:g})-"
+        f"Everything that a client sent is ({epsilon:.4f}, {overall['delta']:g})-"
         "differentially private for each of its records."
     )
 

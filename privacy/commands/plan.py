@@ -105,16 +105,22 @@ def run(options: argparse.Namespace) -> int:
     except AccountingError as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 1
-    if options.plot is not None:
-        from .plot import draw
-
-        draw(outlook, options.plot)
     if options.json:
         print(json.dumps(report.as_json(outlook), indent=2))
     else:
         print(report.as_text(outlook))
-        if options.plot is not None:
-            print(f"\nPicture: {options.plot}")
+    return 0 if options.plot is None else _draw(outlook, options)
+
+
+def _draw(outlook: Outlook, options: argparse.Namespace) -> int:
+    from .plot import draw
+
+    try:
+        draw(outlook, options.plot)
+    except OSError as error:
+        print(f"{options.prog}: --plot: cannot write '{options.plot}': {error}", file=sys.stderr)
+        return 1
+    print(f"Picture: {options.plot}", file=sys.stderr)
     return 0
 
 

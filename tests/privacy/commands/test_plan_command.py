@@ -160,7 +160,8 @@ def test_spending_ends_at_the_plans_epsilon(outlook):
 def test_progress_goes_to_stderr_and_is_short(outlook):
     lines = outlook.err.splitlines()
     assert lines[0] == "[1/35] noise multiplier"
-    assert lines[-1].startswith("[35/35] ")
+    assert lines[-2].startswith("[35/35] ")
+    assert lines[-1] == f"Picture: {outlook.picture}"
     assert len(lines) <= 20
 
 
@@ -224,10 +225,20 @@ def test_the_picture_shows_the_numbers(outlook):
 def test_pictures_of_other_kinds_take_the_old_ones_place(capsys, tmp_path, suffix, magic):
     path = tmp_path / f"picture.{suffix}"
     path.write_bytes(b"old")
-    text = ask(capsys, [*PLAN, "--plot", str(path)])
+    ask(capsys, [*PLAN, "--plot", str(path)])
     assert path.read_bytes().startswith(magic)
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
-    assert text.endswith(f"Picture: {path}\n")
+
+
+def test_a_picture_that_cannot_be_written_costs_the_picture_only(capsys, tmp_path, monkeypatch):
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plot, "write_atomically", crash)
+    assert main([*PLAN, "--plot", str(tmp_path / "plan.png")]) == 1
+    out, err = capsys.readouterr()
+    assert "of record" in out
+    assert err.splitlines()[-1].startswith("dp-lora plan: --plot: cannot write")
 
 
 @pytest.mark.parametrize("place", ["fsync", "replace"])
