@@ -95,7 +95,7 @@ def open_site(settings: Settings, context: Context) -> Site:
     rules.check(settings.asked_for)
     place = policy.ledger
     ledger = Ledger(Path(place.path).expanduser(), Path(place.head).expanduser())
-    return Site(dataset, ledger, policy.limits(), rules)
+    return Site(dataset, ledger, policy.limits(settings.asked_for), rules)
 
 
 def who(context: Context) -> int:

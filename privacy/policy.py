@@ -242,9 +242,21 @@ class SitePolicy(_Table):
                 return name
         raise PolicyRefusal(f"data-path {data_path}: the policy names it in no data set")
 
-    def limits(self) -> Mapping[str, BudgetLimit]:
-        """Each data set's budget."""
-        return {name: rules.limit for name, rules in self.datasets.items()}
+    def limits(self, asked: AskedFor | None = None) -> Mapping[str, BudgetLimit]:
+        """Each data set's budget, as far as it binds a run.
+
+        Parameters
+        ----------
+        asked : AskedFor, optional
+            What the run asks for.  A run without a guarantee, where the policy allows one, is bound
+            by no budget but those of data sets from which only privatised updates may leave.
+        """
+        bound = asked is None or asked.is_private
+        return {
+            name: rules.limit
+            for name, rules in self.datasets.items()
+            if bound or rules.only_privatised
+        }
 
 
 def _refusal(what: str, got: object, accepted: str) -> PolicyRefusal:

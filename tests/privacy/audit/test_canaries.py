@@ -90,7 +90,10 @@ def step():
 
     def take(seed=0):
         engine = HookEngine(model, adapter)
-        gradient = PrivateGradient(plan, engine, NUM_RECORDS, losses, SeededTestSource((seed,)), 5)
+        source = SeededTestSource((seed,))
+        gradient = PrivateGradient(plan, engine, NUM_RECORDS, losses, source, 1, 5)
+            plan, engine, NUM_RECORDS, losses, SeededTestSource((seed,)), 1, 5
+        )
         return gradient.step(list(adapter), "mixed")
 
     return take
@@ -141,7 +144,7 @@ def test_an_engine_out_of_reach_is_refused_and_not_passed_over(canaries):
         sample_rate=1.0, expected_batch_size=3.0, max_grad_norm=1.0,
         noise_multiplier=1.0, steps=1, target_delta=1e-5,
     )  # fmt: skip
-    gradient = PrivateGradient(plan, Other(), 3, lambda part: None, SeededTestSource((0,)))
+    gradient = PrivateGradient(plan, Other(), 3, lambda part: None, SeededTestSource((0,)), 1)
     with recorded(canaries), pytest.raises(TypeError, match="not into a Other"):
         gradient.step(["first"], "mixed")
 
