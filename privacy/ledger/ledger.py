@@ -298,7 +298,7 @@ def _check_limits(book: Book, dataset: str, limits: Mapping[str, BudgetLimit]) -
     spent = [[plan.spending] for plan in book.spent(dataset)]
     for name in sorted(book.group(dataset)):
         if name in limits and not limits[name].allows(spent):
-            shared = "" if name == dataset else f", which shares records with {dataset}"
+            shared = "" if name == dataset else f", which shares records with {dataset},"
             raise BudgetExhausted(
                 f"the round would take {name}{shared} over its largest epsilon "
                 f"{limits[name].max_epsilon:g} at delta {limits[name].max_delta:g}"

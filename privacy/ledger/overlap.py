@@ -66,6 +66,8 @@ def sharing(
     totals: dict[str, Any] = {}
     # One pass both checks and looks: a damaged tree could show a search less than it shows a scan.
     for one, name in connection.execute("select hash, dataset from records order by hash"):
+        if type(one) is not bytes or type(name) is not str:
+            raise LedgerError("the ledger's record hashes are damaged")
         totals.setdefault(name, hashlib.sha256()).update(one)
         if name == dataset:
             held.append(one)

@@ -18,7 +18,7 @@ from privacy.ledger import store as store_module
 from tests.privacy.ledger.accounts import WIDE, admit, new_ledger, request, steps_of
 
 
-@pytest.fixture()
+@pytest.fixture
 def place(tmp_path: Path) -> Path:
     return tmp_path
 
@@ -73,8 +73,13 @@ def test_there_is_one_creation(place):
 
 def test_nothing_is_made_by_using_a_ledger_that_is_not_there(place):
     ledger = again(place)
-    for use in (ledger.book, lambda: admit(ledger, "a", 1),
-                lambda: ledger.charge(request("r"), WIDE), lambda: ledger.find(request("r"))):  # fmt: skip
+    uses = [
+        ledger.book,
+        lambda: admit(ledger, "a", 1),
+        lambda: ledger.charge(request("r"), WIDE),
+        lambda: ledger.find(request("r")),
+    ]
+    for use in uses:
         with pytest.raises(LedgerError, match="there is none; make it with dp-lora ledger"):
             use()
     assert list(place.iterdir()) == []
@@ -85,7 +90,7 @@ def test_a_lost_ledger_is_refused_and_not_made_anew_over_its_head(place, lost):
     used(place)
     folder = place / "ledger"
     shutil.rmtree(folder) if lost == "folder" else (folder / lost).unlink()
-    with pytest.raises(LedgerError, match="there is none|is not there"):
+    with pytest.raises(LedgerError, match=r"there is none|is not there"):
         again(place).book()
     with pytest.raises(LedgerError, match="the head of a ledger that was lost"):
         new_ledger(place)
@@ -166,13 +171,14 @@ def test_a_missing_head_is_refused(place):
     "text",
     ["", "null", "[]", "{", '{"ledger": "x"}', "\xff", "1e999", "[" * 100_000, "{}",
      '{"ledger": 1, "entries": 1, "seal": ""}', '{"ledger": "x", "entries": -1, "seal": ""}',
-     '{"ledger": "x", "entries": Infinity, "seal": ""}', '{"ledger": "x", "entries": true, "seal":""}',
+     '{"ledger": "x", "entries": Infinity, "seal": ""}',
+     '{"ledger": "x", "entries": true, "seal":""}',
      '{"ledger": "x", "entries": "5", "seal": ""}', '{"ledger": "x", "entries": 5.0, "seal": ""}'],
 )  # fmt: skip
 def test_a_damaged_head_is_refused(place, text):
     used(place)
     head_of(place).write_text(text, encoding="latin-1")
-    with pytest.raises(LedgerError, match="its head .* is damaged"):
+    with pytest.raises(LedgerError, match=r"its head .* is damaged"):
         again(place).book()
 
 
@@ -197,7 +203,7 @@ def test_any_changed_byte_of_the_head_is_refused_or_says_the_same(place, at, cha
 def test_a_head_that_others_could_change_is_refused(place):
     used(place)
     head_of(place).chmod(0o666)
-    with pytest.raises(LedgerError, match="others could change its head .* its mode is 0666"):
+    with pytest.raises(LedgerError, match=r"others could change its head .* its mode is 0666"):
         again(place).book()
 
 
@@ -209,9 +215,10 @@ def test_a_ledger_ahead_of_its_head_is_the_trace_of_a_crash(place, monkeypatch):
         raise KeyboardInterrupt
 
     records = admit(ledger, "a", 1, 2, 3)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(store_module, "write_atomically", crash)
-        ledger.charge(request(records, server_round=2), WIDE)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.charge(request(records, server_round=2), WIDE)
     assert head_of(place).read_bytes() == before
     assert steps_of(again(place)) == 4, "the charge was on disk: it counts"
     ledger.charge(request(records, server_round=3), WIDE)
