@@ -22,9 +22,6 @@ from .labels import class_names, encode_labels
 from .partitions import split_rows
 from .records import Inputs, Records, TextInputs
 
-# Settings that say what a record of a site's own file is.
-_CONTENT = {"source", "text_column", "text_pair_column", "image_column"}
-
 Split = Literal["train", "test"]
 NodeConfig = Mapping[str, str | int | float | bool]
 
@@ -86,7 +83,9 @@ def data_stamp(settings: DataSettings, node_config: NodeConfig, *, seed: int) ->
     chosen: list[Any]
     if "data-path" in node_config:
         path = Path(str(node_config["data-path"])).expanduser()
-        chosen = [settings.model_dump(mode="json", include=_CONTENT)]
+        chosen = [settings.source]
+        if settings.source in TABLE_SOURCES:
+            chosen += [settings.text_column, settings.text_pair_column, settings.image_column]
     else:
         chosen = [settings.model_dump(mode="json")]
         path = Path(settings.path).expanduser()

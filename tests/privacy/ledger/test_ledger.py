@@ -397,3 +397,14 @@ def test_an_unbounded_plan_can_be_written_down(ledger):
 
 def test_times_are_written_in_utc(ledger):
     assert ledger_module._now().endswith("+00:00")
+
+
+def test_ever_new_stamps_of_the_same_records_do_not_fill_the_disk(ledger):
+    records = admit(ledger, "a", 1)
+    for number in range(80):
+        assert admit(ledger, "a", 1, stamp=f"stamp {number}") == records
+    assert entries(ledger) == 64
+    assert admit(ledger, "a", 1, 2, stamp="stamp 80") != records, "other records are taken down"
+    assert entries(ledger) == 65
+    admit(ledger, "b", 2)
+    assert ledger.book().group("b") == {"a", "b"}
