@@ -262,7 +262,7 @@ def _refusal(what: str, got: object, accepted: str) -> PolicyRefusal:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"policy {path} is not usable:"]
     for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"])
+        key = ".".join(str(part) for part in detail["loc"] if part != "[key]")
         if detail["type"] == "value_error":
             lines.append(f"  {key}: {_text_of(detail)}")
         elif detail["type"] == "missing":
