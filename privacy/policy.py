@@ -176,7 +176,9 @@ class DatasetRules(_Table):
             )
 
     def check_count(self, records: int) -> None:
-        """Refuse a data set that has become too small.
+        """Refuse a data set that has become too small, or too large for its delta.
+
+        Both depend on the policy and the records alone: no question of a server's finds the number.
 
         Raises
         ------
@@ -186,6 +188,11 @@ class DatasetRules(_Table):
         if records < self.min_records:
             raise PolicyRefusal(
                 f"the policy's min-records is {self.min_records}; the data set has fewer records"
+            )
+        if self.max_delta >= 1 / records:
+            raise PolicyRefusal(
+                f"the policy's max-delta is {self.max_delta:g}; accepted for so many records is "
+                "less than 1 / records: such a delta would allow publishing a record"
             )
 
 

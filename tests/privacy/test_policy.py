@@ -251,6 +251,14 @@ def test_few_records_are_refused_without_saying_how_few():
         rules(min_records=50).check_count(49)
 
 
+def test_a_delta_that_allows_publishing_a_record_is_refused():
+    """Also where a smaller public figure hides how many there are."""
+    one_in_a_hundred = rules(max_delta=0.0099, min_records=10, public_records=50)
+    one_in_a_hundred.check_count(101)
+    with pytest.raises(PolicyRefusal, match=r"max-delta is 0\.0099; accepted .* 1 / records"):
+        one_in_a_hundred.check_count(102)
+
+
 def test_the_public_figure_stands_for_the_count():
     assert rules().counts(123) == 123
     assert rules(public_records=200).counts(123) == 200
