@@ -24,4 +24,5 @@ class ReplyClock:
         """Sleep until the reply may leave."""
         if self.period > 0:
             passed = time.monotonic() - self._started
-            time.sleep(max(0.0, math.ceil(passed / self.period) * self.period - passed))
+            periods = max(1, math.ceil(passed / self.period))
+            time.sleep(max(0.0, periods * self.period - passed))

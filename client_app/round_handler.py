@@ -13,6 +13,7 @@ from privacy import PrivacyPlan, Request
 from strategies import ROUND_PLAN_KEY, NeedFull, RoundPlan, ask_for_everything, receive_adapter
 from task.backbones import backbone_loads
 from task.data import Records, data_stamp, load_client_records
+from task.errors import DataError
 
 from .failures import BackboneDiffers, MessageError, failure_of, log_text
 from .placement import choose_device, choose_rank, set_threads
@@ -70,7 +71,7 @@ def _train(
             "model.revision, or the cached embedded backbone) must be the same on all machines"
         )
     with trace.span("records"):
-        records = _records(settings, context, session, site, training)
+        records, admitted = _records(settings, context, session, site)
     counted = site.public_records(len(records))
     with trace.span("calibration"):
         privacy_plan = PrivacyPlan.for_client(
@@ -88,6 +89,7 @@ def _train(
         plan=privacy_plan,
         secure_noise=source.secure,
         steps=plan.local_steps,
+        records=admitted,
     )
     with trace.span("ledger"):
         earlier = site.ledger.find(request)
@@ -126,18 +128,28 @@ def _unpack(message: Message) -> tuple[RoundPlan, str, str]:
 
 
 def _records(
-    settings: Settings, context: Context, session: Session, site: Site, training: str
-) -> Records:
-    """The client's records, once the ledger has seen them."""
-    encoder = session.task_model.encoder
-    # The stamp comes first: files that change while they are read are looked at again.
-    stamp = data_stamp(settings.data, context.node_config, seed=settings.seed)
+    settings: Settings, context: Context, session: Session, site: Site
+) -> tuple[Records, str]:
+    """The client's records, and what the ledger, which has seen them, calls them."""
+    data, encoder = settings.data, session.task_model.encoder
+    stamp = data_stamp(data, context.node_config, seed=settings.seed)
     records = load_client_records(
-        settings.data,
+        data,
         encoder,
         context.node_config,
         seed=settings.seed,
         public_records=site.stated_records,
     )
-    site.ledger.admit(site.dataset, training, stamp, records.digests)
-    return records
+
+    def refuse_if_changed() -> None:
+        if data_stamp(data, context.node_config, seed=settings.seed) != stamp:
+            raise DataError("the data's files changed while they were read: ask again")
+
+    def digests() -> list[bytes]:
+        found = records.digests()
+        refuse_if_changed()  # the ledger keeps what it is told under this stamp
+        return found
+
+    admitted = site.ledger.admit(site.dataset, stamp, digests)
+    refuse_if_changed()
+    return records, admitted

@@ -6,6 +6,7 @@ for more; whoever sends the run config cannot change it.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,8 +69,8 @@ class DatasetRules(_Table):
     )
     max_epsilon: float = Field(
         gt=0,
-        allow_inf_nan=False,
-        description="Largest epsilon that its records may ever lose, over all runs and servers.",
+        description="Largest epsilon that its records may ever lose, over all runs and servers; "
+        "inf, for public records, only with only-privatised = false.",
     )
     max_delta: float = Field(
         gt=0,
@@ -99,7 +100,7 @@ class DatasetRules(_Table):
     reply_at: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
+        le=86400,
         description="Replies leave this many seconds after their message came, or at a multiple "
         "of it, so that their time tells nothing. 0: when they are ready.",
     )
@@ -111,6 +112,11 @@ class DatasetRules(_Table):
             raise ValueError(
                 f"max-delta must be below 1 / min-records (or public-records) = {1 / fewest:.2e}, "
                 f"got {self.max_delta:g}: such a delta would allow publishing a record"
+            )
+        if math.isinf(self.max_epsilon) and self.only_privatised:
+            raise ValueError(
+                "max-epsilon = inf is accepted only with only-privatised = false: records that a "
+                "run may be asked to protect have a budget"
             )
         for path in self.data_paths:
             if not Path(path).expanduser().is_absolute():
@@ -142,7 +148,9 @@ class DatasetRules(_Table):
         if self.only_privatised:
             self._check_private(asked)
         if not asked.is_private:
-            return  # allowed by a site that says so; charged as what it is
+            if not math.isinf(self.max_epsilon):
+                raise _refusal("max-epsilon", self.max_epsilon, "inf for runs without a guarantee")
+            return  # charged as what it is
         if asked.target_epsilon > self.max_epsilon:
             raise _refusal(
                 "privacy.target-epsilon", asked.target_epsilon, f"{self.max_epsilon:g} at most"
@@ -168,7 +176,9 @@ class DatasetRules(_Table):
             )
 
     def check_count(self, records: int) -> None:
-        """Refuse a data set that has become too small.
+        """Refuse a data set that has become too small, or too large for its delta.
+
+        Both depend on the policy and the records alone: no question of a server's finds the number.
 
         Raises
         ------
@@ -178,6 +188,11 @@ class DatasetRules(_Table):
         if records < self.min_records:
             raise PolicyRefusal(
                 f"the policy's min-records is {self.min_records}; the data set has fewer records"
+            )
+        if self.max_delta >= 1 / records:
+            raise PolicyRefusal(
+                f"the policy's max-delta is {self.max_delta:g}; accepted for so many records is "
+                "less than 1 / records: such a delta would allow publishing a record"
             )
 
 
@@ -266,7 +281,7 @@ def _refusal(what: str, got: object, accepted: str) -> PolicyRefusal:
 def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"policy {path} is not usable:"]
     for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"])
+        key = ".".join(str(part) for part in detail["loc"] if part != "[key]")
         if detail["type"] == "value_error":
             lines.append(f"  {key}: {_text_of(detail)}")
         elif detail["type"] == "missing":

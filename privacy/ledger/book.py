@@ -18,6 +18,7 @@ class PlanAccount:
     entry: int
     dataset: str
     training: str
+    records: str
     numbers: str
     sample_rate: float
     noise_multiplier: float
@@ -39,13 +40,21 @@ class PlanAccount:
 
 @dataclasses.dataclass(frozen=True)
 class Holding:
-    """The records that a data set had when they were last looked at."""
+    """The records that a data set has and had.
 
-    stamp: str
-    records: str
+    Parameters
+    ----------
+    stamps : mapping of str to str
+        Summary of the records by each stamp that they were looked at under.
+    held : str
+        Summary of all records that the data set ever had.
+    count : int
+        Distinct records when they were last looked at.
+    """
+
+    stamps: Mapping[str, str]
     held: str
     count: int
-    overlaps: tuple[str, ...]
 
 
 class Book:
@@ -101,15 +110,10 @@ class Book:
 
     def _hold(self, number: int, values: Mapping[str, Any]) -> None:
         name = str(values["dataset"])
-        overlaps = tuple(str(other) for other in values["overlaps"])
-        self.holdings[name] = Holding(
-            stamp=str(values["stamp"]),
-            records=str(values["records"]),
-            held=str(values["held"]),
-            count=int(values["count"]),
-            overlaps=overlaps,
-        )
-        for other in overlaps:
+        before = self.holdings[name].stamps if name in self.holdings else {}
+        stamps = {**before, str(values["stamp"]): str(values["records"])}
+        self.holdings[name] = Holding(stamps, str(values["held"]), int(values["count"]))
+        for other in [str(one) for one in values["overlaps"]]:
             self._group[self._root(other)] = self._root(name)
         self._group.setdefault(name, name)
 
@@ -118,6 +122,7 @@ class Book:
             entry=number,
             dataset=str(values["dataset"]),
             training=str(values["training"]),
+            records=str(values["records"]),
             numbers=str(values["numbers"]),
             sample_rate=float(values["sample-rate"]),
             noise_multiplier=float(values["noise-multiplier"]),

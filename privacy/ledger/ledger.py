@@ -19,6 +19,8 @@ from .errors import BudgetExhausted, DataChanged, LedgerError, PlanChanged
 from .releases import Releases
 from .store import Store, Transaction
 
+_MOST_STAMPS = 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Charge:
@@ -62,6 +64,8 @@ class Request:
         Whether nobody can reproduce the noise.
     steps : int
         Private steps of the round.  If the plan has evaluations, each round is charged one, too.
+    records : str
+        Which records: what :meth:`Ledger.admit` returned.
     """
 
     dataset: str
@@ -71,6 +75,7 @@ class Request:
     plan: PrivacyPlan
     secure_noise: bool
     steps: int
+    records: str
 
     @property
     def numbers(self) -> str:
@@ -82,9 +87,9 @@ class Request:
 
     @property
     def key(self) -> str:
-        """Hash of training, round, plan and inputs."""
-        parts = [self.dataset, self.training, self.server_round, self.inputs, self.steps]
-        return hashlib.sha256(json.dumps([*parts, self.numbers]).encode()).hexdigest()
+        """Hash of data set and records, training, round, inputs and plan."""
+        parts = [self.dataset, self.records, self.training, self.server_round, self.inputs]
+        return hashlib.sha256(json.dumps([*parts, self.steps, self.numbers]).encode()).hexdigest()
 
 
 class Ledger:
@@ -136,9 +141,7 @@ class Ledger:
         with self._store.transaction() as current:
             return Book(current.entries)
 
-    def admit(
-        self, dataset: str, training: str, stamp: str, digests: Callable[[], Iterable[bytes]]
-    ) -> None:
+    def admit(self, dataset: str, stamp: str, digests: Callable[[], Iterable[bytes]]) -> str:
         """Look at a data set's records before they are used, unless they were seen as they are.
 
         A data set that shares a record with another is merged with it: each then counts what was
@@ -148,36 +151,34 @@ class Ledger:
         ----------
         dataset : str
             The account.
-        training : str
-            For which the records are about to be used.
         stamp : str
             Tells whether the files may have changed (names, sizes, times); cheap to make.
         digests : callable
             One digest of the raw content of each record; called only if the stamp is new.
 
+        Returns
+        -------
+        str
+            Names the records: equal only for equal records.
+
         Raises
         ------
-        DataChanged
-            If a training that has begun would go on with other records.
         LedgerError
             If the ledger cannot be trusted.
         """
         known = self.book().holdings.get(dataset)
-        if known is not None and known.stamp == stamp:
-            return
+        if known is not None and stamp in known.stamps:
+            return known.stamps[stamp]
         hashes = overlap.keyed_hashes(self._store.key(), digests())  # long; nobody waits for it
         records = overlap.summary_of(hashes)
         with self._store.transaction() as current:
             book = Book(current.entries)
-            known = book.holdings.get(dataset)
-            plan = book.plan_of(dataset, training)
-            if known is not None and known.records != records and plan is not None:
-                raise DataChanged(
-                    f"the records of {dataset} changed in the middle of a training: begin a new one"
-                )
             expected = {name: one.held for name, one in book.holdings.items()}
-            overlap.check_held(current.connection, expected)
-            others = overlap.sharing(current.connection, dataset, hashes)
+            others, held = overlap.sharing(current.connection, dataset, hashes, expected)
+            stamps = book.holdings[dataset].stamps if dataset in book.holdings else {}
+            if len(stamps) >= _MOST_STAMPS and records in stamps.values():
+                return records  # a server may ask in ever new ways: the disk is not filled with it
+            overlap.hold(current.connection, dataset, set(hashes).difference(held))
             current.append(
                 "dataset",
                 {
@@ -185,11 +186,12 @@ class Ledger:
                     "dataset": dataset,
                     "stamp": stamp,
                     "records": records,
-                    "held": overlap.hold(current.connection, dataset, hashes),
+                    "held": overlap.summary_of(sorted({*hashes, *held})),
                     "count": len(hashes),
                     "overlaps": others,
                 },
             )
+        return records
 
     def find(self, request: Request) -> bytes | None:
         """The reply that this request got before, if it was charged and stored; costs nothing.
@@ -221,6 +223,8 @@ class Ledger:
         ------
         PlanChanged
             If the training has another plan.
+        DataChanged
+            If the training began with other records.
         BudgetExhausted
             If the plan or a budget does not allow so many steps; nothing was charged.
         LedgerError
@@ -230,8 +234,9 @@ class Ledger:
             raise ValueError(f"steps must be >= 1, got {request.steps}")
         with self._store.transaction() as current:
             book = Book(current.entries)
-            if request.dataset not in book.holdings:
-                raise LedgerError(f"the records of {request.dataset} were never admitted")
+            holding = book.holdings.get(request.dataset)
+            if holding is None or request.records not in holding.stamps.values():
+                raise LedgerError(f"these records of {request.dataset} were never admitted")
             plan = self._plan(current, book, request)
             charged = plan.steps + request.steps
             if charged > plan.most_steps:
@@ -278,6 +283,7 @@ class Ledger:
                     "at": _now(),
                     "dataset": request.dataset,
                     "training": request.training,
+                    "records": request.records,
                     "numbers": request.numbers,
                     "sample-rate": request.plan.sample_rate,
                     # Noise that can be reproduced protects nobody.
@@ -291,6 +297,11 @@ class Ledger:
             )
             book.add(entry)
             return book.plans[entry.number]
+        if plan.records != request.records:
+            raise DataChanged(
+                f"the records of {request.dataset} changed in the middle of the training: begin a "
+                "new one"
+            )
         if plan.numbers != request.numbers:
             raise PlanChanged(
                 "the privacy plan differs from that of the training's earlier rounds: the site's "
@@ -303,7 +314,7 @@ def _check_limits(book: Book, dataset: str, limits: Mapping[str, BudgetLimit]) -
     spent = [plan.spendings for plan in book.spent(dataset)]
     for name in sorted(book.group(dataset)):
         if name in limits and not limits[name].allows(spent):
-            shared = "" if name == dataset else f", which shares records with {dataset}"
+            shared = "" if name == dataset else f", which shares records with {dataset},"
             raise BudgetExhausted(
                 f"the round would take {name}{shared} over its largest epsilon "
                 f"{limits[name].max_epsilon:g} at delta {limits[name].max_delta:g}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from .errors import LedgerError
 
@@ -28,45 +29,58 @@ def summary_of(hashes: Iterable[bytes]) -> str:
     return total.hexdigest()
 
 
-def sharing(connection: sqlite3.Connection, dataset: str, hashes: list[bytes]) -> list[str]:
-    """Other data sets that hold any of these hashes."""
-    connection.execute("create temp table if not exists asked (hash blob primary key)")
-    connection.execute("delete from asked")
-    connection.executemany("insert into asked values (?)", ((one,) for one in hashes))
-    found = connection.execute(
-        "select distinct dataset from records join asked using (hash) where dataset <> ?",
-        (dataset,),
-    )
-    return sorted(str(row[0]) for row in found)
+def sharing(
+    connection: sqlite3.Connection,
+    dataset: str,
+    hashes: Collection[bytes],
+    expected: Mapping[str, str],
+) -> tuple[list[str], list[bytes]]:
+    """Look for hashes among all that data sets ever had.
 
+    Parameters
+    ----------
+    connection : sqlite3.Connection
+        The ledger's.
+    dataset : str
+        Whose hashes they are.
+    hashes : collection of bytes
+        What to look for.
+    expected : mapping of str to str
+        Summary of each data set's hashes, as the sealed entries say.
 
-def hold(connection: sqlite3.Connection, dataset: str, hashes: list[bytes]) -> str:
-    """Add hashes to those that a data set ever had; the summary of all of them."""
-    connection.executemany(
-        "insert or ignore into records values (?, ?)", ((one, dataset) for one in hashes)
-    )
-    return held(connection, dataset)
-
-
-def held(connection: sqlite3.Connection, dataset: str) -> str:
-    """Summary of all hashes that a data set ever had."""
-    found = connection.execute(
-        "select hash from records where dataset = ? order by hash", (dataset,)
-    )
-    return summary_of(row[0] for row in found)
-
-
-def check_held(connection: sqlite3.Connection, expected: dict[str, str]) -> None:
-    """Refuse hashes that are not those which the sealed entries speak of.
+    Returns
+    -------
+    names : list of str
+        The other data sets that have any of them.
+    held : list of bytes
+        All hashes that ``dataset`` itself ever had.
 
     Raises
     ------
     LedgerError
-        If any is missing, changed or added.
+        If any hash is missing, changed or added.
     """
-    for dataset, summary in expected.items():
-        if held(connection, dataset) != summary:
-            raise LedgerError(f"the ledger's record hashes of {dataset} are damaged")
-    known = {row[0] for row in connection.execute("select distinct dataset from records")}
-    if known - expected.keys():
-        raise LedgerError("the ledger has record hashes of a data set that it does not know")
+    wanted = set(hashes)
+    names: set[str] = set()
+    held: list[bytes] = []
+    totals: dict[str, Any] = {}
+    # One pass both checks and looks: a damaged tree could show a search less than it shows a scan.
+    for one, name in connection.execute("select hash, dataset from records order by hash"):
+        if type(one) is not bytes or type(name) is not str:
+            raise LedgerError("the ledger's record hashes are damaged")
+        totals.setdefault(name, hashlib.sha256()).update(one)
+        if name == dataset:
+            held.append(one)
+        elif one in wanted:
+            names.add(name)
+    empty = hashlib.sha256().hexdigest()
+    for name in totals.keys() | expected.keys():
+        found = totals[name].hexdigest() if name in totals else empty
+        if found != expected.get(name):
+            raise LedgerError(f"the ledger's record hashes of {name} are damaged")
+    return sorted(names), held
+
+
+def hold(connection: sqlite3.Connection, dataset: str, hashes: Iterable[bytes]) -> None:
+    """Add hashes to those that a data set ever had."""
+    connection.executemany("insert into records values (?, ?)", ((one, dataset) for one in hashes))

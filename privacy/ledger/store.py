@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from .errors import LedgerError, LedgerRolledBack
 
 _FORMAT = 1
 _FILE, _LOCK, _KEY = "ledger.sqlite", "lock", "key"
+_KEY_BYTES = 32
 # One charge takes milliseconds; looking through the hashes of a large data set a minute.
 LOCK_SECONDS = 120.0
 _TABLES = """
@@ -28,7 +30,6 @@ create table entries (
 );
 create table records (hash blob not null, dataset text not null, primary key (hash, dataset))
     without rowid;
-create index by_dataset on records (dataset);
 """
 
 
@@ -102,17 +103,19 @@ class Store:
         return store
 
     def _create(self) -> None:
-        if (self.folder / _FILE).exists():
-            raise LedgerError(f"ledger {self.folder}: there is one already")
+        # SQLite would play a lost ledger's write-ahead log into the new one.
+        for name in (_FILE, f"{_FILE}-wal"):
+            if (self.folder / name).exists():
+                raise LedgerError(f"ledger {self.folder}: there is one already ({name})")
         if self.head.exists() and self._head()["entries"] != 0:
             raise LedgerError(
                 f"ledger {self.folder}: {self.head} is the head of a ledger that was lost; put "
                 "that back: a new one would forget what was spent"
             )
         self._refuse_if_open()
-        identity = secrets.token_hex(16)
         if not (self.folder / _KEY).exists():
-            write_atomically(self.folder / _KEY, secrets.token_bytes(32))
+            write_atomically(self.folder / _KEY, secrets.token_bytes(_KEY_BYTES))
+        identity = _identity_of(self._read_key())
         # The ledger comes last, and whole: after a crash before that, this can be done again.
         write_atomically(self.head, _head_text(identity, None))
         beside = self.folder / f".{_FILE}.{secrets.token_hex(4)}"
@@ -147,7 +150,8 @@ class Store:
                 try:
                     yield current
                 except BaseException:
-                    connection.execute("rollback")
+                    if connection.in_transaction:  # SQLite ends it by itself on a full disk
+                        connection.execute("rollback")
                     raise
                 connection.execute("commit")
                 if len(entries) > known:
@@ -161,13 +165,19 @@ class Store:
         Raises
         ------
         LedgerError
-            If it is lost.
+            If it is lost, or another than the ledger was made with: no overlap would show then.
         """
+        key = self._read_key()
+        if _identity_of(key) != self._head()["ledger"]:
+            raise LedgerError(f"ledger {self.folder}: its key is another ledger's")
+        return key
+
+    def _read_key(self) -> bytes:
         try:
             key = (self.folder / _KEY).read_bytes()
         except OSError as error:
             raise LedgerError(f"ledger {self.folder}: its key cannot be read") from error
-        if len(key) != 32:
+        if len(key) != _KEY_BYTES:
             raise LedgerError(f"ledger {self.folder}: its key is damaged")
         return key
 
@@ -214,6 +224,8 @@ class Store:
         if head["ledger"] != identity:
             raise LedgerError(f"ledger {self.folder}: {self.head} is the head of another ledger")
         number: int = head["entries"]
+        # Each transaction writes the head, so a crash leaves the ledger ahead by one at the most;
+        # a head that is further behind was put back itself, which takes nothing from the ledger.
         if number > len(entries) or (number and entries[number - 1].seal.hex() != head["seal"]):
             raise LedgerRolledBack(
                 f"ledger {self.folder}: {self.head} knows entry {number}, which the ledger does "
@@ -223,20 +235,25 @@ class Store:
 
     def _head(self) -> dict[str, Any]:
         try:
-            head = json.loads(self.head.read_bytes())
-            values: dict[str, Any] = {
-                "ledger": str(head["ledger"]),
-                "entries": int(head["entries"]),
-                "seal": str(head["seal"]),
-            }
+            content = self.head.read_bytes()
+            why = open_to_others(self.head, reading=False)
+            head = json.loads(content)
         except FileNotFoundError as error:
             raise LedgerError(
                 f"ledger {self.folder}: its head {self.head} is missing; put it back"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise LedgerError(f"ledger {self.folder}: its head {self.head} is damaged") from error
-        if values["entries"] < 0:
+        if why:
+            raise LedgerError(
+                f"ledger {self.folder}: others could change its head {self.head}, {why}; accepted "
+                "is a file of this user's with mode 0600"
+            )
+        kinds = {"ledger": str, "entries": int, "seal": str}
+        whole = isinstance(head, dict) and {n: type(v) for n, v in head.items()} == kinds
+        if not whole or head["entries"] < 0:
             raise LedgerError(f"ledger {self.folder}: its head {self.head} is damaged")
+        values: dict[str, Any] = head
         return values
 
 
@@ -252,6 +269,10 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _identity_of(key: bytes) -> str:
+    return hashlib.sha256(b"flower-dp-lora ledger\n" + key).hexdigest()[:32]
 
 
 def _head_text(identity: str, last: Entry | None) -> bytes:

@@ -87,11 +87,16 @@ def data_stamp(settings: DataSettings, node_config: NodeConfig, *, seed: int) ->
     str
         Hash of what chooses the records and of the names, sizes and times of their files.  Other
         stamps need not mean other records; images that a table names by path are not looked at.
+        Settings that leave a site's records as they are leave its stamp as it is.
     """
-    chosen: list[Any] = [settings.model_dump(mode="json")]
+    chosen: list[Any]
     if "data-path" in node_config:
         path = Path(str(node_config["data-path"])).expanduser()
+        chosen = [settings.source]
+        if settings.source in TABLE_SOURCES:
+            chosen += [settings.text_column, settings.text_pair_column, settings.image_column]
     else:
+        chosen = [settings.model_dump(mode="json")]
         path = Path(settings.path).expanduser()
         chosen += [seed, *(node_config.get(key) for key in ("partition-id", "num-partitions"))]
     if settings.path or "data-path" in node_config:
@@ -103,9 +108,10 @@ def data_stamp(settings: DataSettings, node_config: NodeConfig, *, seed: int) ->
     return hashlib.sha256(json.dumps(chosen).encode()).hexdigest()
 
 
-def _marks(file: Path) -> tuple[int, int]:
+def _marks(file: Path) -> tuple[int, int, int]:
     status = file.stat()
-    return status.st_size, status.st_mtime_ns
+    # The time of the last change cannot be set back by copying tools, as that of the content can.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def load_test_records(settings: DataSettings, encoder: Encoder) -> Records:

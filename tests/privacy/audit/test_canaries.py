@@ -92,8 +92,6 @@ def step():
         engine = HookEngine(model, adapter)
         source = SeededTestSource((seed,))
         gradient = PrivateGradient(plan, engine, NUM_RECORDS, losses, source, 1, 5)
-            plan, engine, NUM_RECORDS, losses, SeededTestSource((seed,)), 1, 5
-        )
         return gradient.step(list(adapter), "mixed")
 
     return take

@@ -51,6 +51,7 @@ def charge(ledger: Ledger, dataset: str, training: str, server_round: int, **cha
         plan=PLAN,
         secure_noise=changes.get("secure_noise", True),
         steps=6,
+        records=next(iter(ledger.book().holdings[dataset].stamps.values())),
     )
     ledger.charge(request, changes.get("limits", {}))
 
@@ -65,8 +66,8 @@ def test_a_new_ledger_has_spent_nothing(policy, ledger, capsys):
 
 
 def test_what_is_spent_and_left_is_what_the_filter_goes_by(policy, ledger, capsys):
-    ledger.admit("wards", "one", "s", lambda: [b"a" * 32, b"b" * 32])
-    ledger.admit("labs", "two", "s", lambda: [b"b" * 32, b"c" * 32, b"d" * 32])
+    ledger.admit("wards", "s-wards", lambda: [b"a" * 32, b"b" * 32])
+    ledger.admit("labs", "s-labs", lambda: [b"b" * 32, b"c" * 32, b"d" * 32])
     for server_round in (1, 2):
         charge(ledger, "wards", "one", server_round)
     charge(ledger, "labs", "two", 1)
@@ -89,7 +90,7 @@ def test_what_is_spent_and_left_is_what_the_filter_goes_by(policy, ledger, capsy
 
 
 def test_a_release_without_a_guarantee_is_shown_as_that(policy, ledger, capsys):
-    ledger.admit("wards", "one", "s", lambda: [b"a" * 32])
+    ledger.admit("wards", "s-wards", lambda: [b"a" * 32])
     charge(ledger, "wards", "one", 1, secure_noise=False)
     assert main(["ledger", "--policy", str(policy)]) == 0
     text = capsys.readouterr().out
@@ -98,7 +99,7 @@ def test_a_release_without_a_guarantee_is_shown_as_that(policy, ledger, capsys):
 
 
 def test_a_simulated_ledger_is_shown_by_its_folder(policy, ledger, capsys):
-    ledger.admit("client-0", "one", "s", lambda: [b"a" * 32])
+    ledger.admit("client-0", "s-client-0", lambda: [b"a" * 32])
     charge(ledger, "client-0", "one", 1)
     folder = str(policy.parent / "ledger")
     assert main(["ledger", "--folder", folder, "--head", str(policy.parent / "head.json")]) == 0
