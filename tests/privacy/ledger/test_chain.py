@@ -16,9 +16,10 @@ VALUES = [
     ("dataset", {"at": "t", "dataset": "a", "stamp": "s", "records": "r", "held": "h",
                  "count": 3, "overlaps": []}),
     ("plan", {"at": "t", "dataset": "a", "training": "x", "records": "r", "numbers": "{}",
-              "sample-rate": 0.1, "noise-multiplier": 2.0, "most-steps": 9}),
-    ("charge", {"at": "t", "plan": 2, "round": 1, "request": "q", "steps": 2}),
-    ("charge", {"at": "t", "plan": 2, "round": 2, "request": "p", "steps": 3}),
+              "sample-rate": 0.1, "noise-multiplier": 2.0, "most-steps": 9,
+              "evaluation-noise-multiplier": 3.0, "most-evaluations": 2}),
+    ("charge", {"at": "t", "plan": 2, "round": 1, "request": "q", "steps": 2, "evaluations": 1}),
+    ("charge", {"at": "t", "plan": 2, "round": 2, "request": "p", "steps": 3, "evaluations": 1}),
 ]  # fmt: skip
 
 
