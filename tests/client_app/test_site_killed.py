@@ -146,7 +146,7 @@ def one_thread():
 
 @pytest.mark.slow
 def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one_thread):
-    """Also in ``docs/privacy.md``: the figure of the bar is this test's."""
+    """What was charged and sent is told over a pipe, and compared with what is left on disk."""
     deployed = deploy(tmp_path, site.config, max_epsilon=1e6)
     deployed.config["strategy.num-rounds"] = ROUNDS
     handle_train(site.message(server_round=1), deployed.context())  # model, engine, noise
