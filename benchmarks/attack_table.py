@@ -38,7 +38,7 @@ def _membership(rows: Rows) -> list[str]:
         for fpr in (0.01, 0.001):
             point = points[fpr]
             # A few worlds resolve no small rate: then the rate is said, and the bound is there.
-            place = f" at {point['fpr_resolved']:.1%}" if point["fpr_resolved"] > 1.2 * fpr else ""
+            place = f" at {point['fpr_resolved']:.1%}" if point["fpr_resolved"] > 1.5 * fpr else ""
             limits = f"[{point['tpr_low']:.1%}, {point['tpr_high']:.1%}]"
             cells.append(f"{point['tpr']:.1%} {limits}{place}")
             high = _bound(row, point["bound_high"], ".1%")
