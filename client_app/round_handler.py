@@ -41,6 +41,7 @@ from task.backbones import backbone_loads
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
+from .client_level import outgoing, unit_statement
 from .local_training import TrainingError, step_kind, train_round
 from .placement import choose_device, choose_rank, set_threads
 from .session import open_session
@@ -162,12 +163,12 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     if settings.strategy.weighting == "public-counts":
         metrics[COUNT_KEY] = len(records)
     rounding = np.random.default_rng((settings.seed, _who(context), plan.server_round))
-    values = {name: value.numpy() for name, value in update.items()}
+    values = outgoing(settings, {name: value.numpy() for name, value in update.items()})
     reply = RecordDict(
         {
             **update_records(message, context.state, values, rounding),
             METRICS_KEY: metrics,
-            PRIVACY_KEY: _statement(budget, settings, noise_std),
+            PRIVACY_KEY: unit_statement(settings) or _statement(budget, settings, noise_std),
         }
     )
     if energies is not None:

@@ -11,6 +11,8 @@ from privacy.settings import PrivacySettings
 from strategies.settings import StrategySettings, WireSettings
 from task.settings import DataSettings, LoRASettings, ModelSettings
 
+from .client_rules import check_client_mode
+
 Value = str | int | float | bool
 
 _IMAGE_DATA = ("embedded", "npz", "image-folder")
@@ -101,6 +103,11 @@ class Settings(BaseModel):
                 "strategy.early-stopping-patience needs public records that the result is not "
                 "reported on: data.validation-fraction is 0, accepted is more than 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _clients_unit(self) -> Self:
+        check_client_mode(self)
         return self
 
     @property

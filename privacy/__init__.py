@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     )
     from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
     from .budget import BudgetExhausted, StepBudget
+    from .client_level import ClientLevelMechanism, ClientLevelPlan, clip_update
     from .clipping import clip_and_sum, joint_norms
     from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "AccountingError": "accounting",
     "BudgetExhausted": "budget",
+    "ClientLevelMechanism": "client_level",
+    "ClientLevelPlan": "client_level",
     "EngineError": "guards",
     "FusedEngine": "fused_engine",
     "GradientEngine": "engines",
@@ -54,6 +57,7 @@ _HOMES = {
     "calibrate_noise_multiplier": "accounting",
     "check_engine": "guards",
     "clip_and_sum": "clipping",
+    "clip_update": "client_level",
     "clipped_sum_by_autograd": "autograd_reference",
     "coins": "randomness",
     "cross_check": "accounting",
@@ -70,6 +74,8 @@ _HOMES = {
 __all__ = [
     "AccountingError",
     "BudgetExhausted",
+    "ClientLevelMechanism",
+    "ClientLevelPlan",
     "EngineError",
     "FusedEngine",
     "GradientEngine",
@@ -88,6 +94,7 @@ __all__ = [
     "calibrate_noise_multiplier",
     "check_engine",
     "clip_and_sum",
+    "clip_update",
     "clipped_sum_by_autograd",
     "coins",
     "cross_check",

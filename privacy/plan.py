@@ -141,7 +141,7 @@ class PrivacyPlan:
         if num_records < 1:
             raise AccountingError(f"a plan needs at least one record, got {num_records}")
         rate = settings.sample_rate or min(1.0, settings.expected_batch_size / num_records)
-        if settings.mode == "none":
+        if settings.mode != "record":  # noise for clients as a whole is put on elsewhere
             return cls(
                 sample_rate=rate,
                 expected_batch_size=rate * num_records,

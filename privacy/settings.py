@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .client_settings import check_client_settings
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -22,9 +24,10 @@ class PrivacySettings(BaseModel):
         frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
     )
 
-    mode: Literal["record", "none"] = Field(
+    mode: Literal["record", "client", "none"] = Field(
         default="record",
-        description="Unit of protection: one record of one client, or no privacy at all.",
+        description="Unit of protection. record: one record of one client, noised at the client; "
+        "client: a whole client, noised by a server that is trusted; none: no privacy at all.",
     )
     target_epsilon: float = Field(
         default=8.0,
@@ -78,6 +81,37 @@ class PrivacySettings(BaseModel):
         description="Tests only: 0 or more draws noise and batches from this seed, which voids "
         "the guarantee; -1: the operating system's secure generator.",
     )
+
+    max_update_norm: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="client: clip norm S of a client's whole update, over all tensors that travel; "
+        "it must be above 0 there and 0 elsewhere.",
+    )
+    registered_clients: int = Field(
+        default=0,
+        ge=0,
+        description="client: public number of clients that may take part; with "
+        "client-sample-rate it makes the constant by which sums are divided.  0 elsewhere.",
+    )
+    client_sample_rate: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="client: probability with which the server asks each client in a round, "
+        "independently (Poisson sampling, in place of strategy.fraction-train).  1 elsewhere.",
+    )
+    participation: Literal["public", "secret"] = Field(
+        default="public",
+        description="client: who takes part in a round is public (every client is accounted as in "
+        "every round), or known to nobody but the server (amplification by sampling is credited).",
+    )
+
+    @model_validator(mode="after")
+    def _clients_unit(self) -> Self:
+        check_client_settings(self)
+        return self
 
     @model_validator(mode="after")
     def _one_sampling_rule(self) -> Self:

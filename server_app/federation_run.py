@@ -17,6 +17,7 @@ from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
 from task.data import load_test_records, num_labels
 from task.model import build_task_model
 
+from .client_account import ClientAccount, client_guarantee, make_account
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
@@ -27,9 +28,9 @@ class NothingLearned(RuntimeError):
     """No round of the run could be applied."""
 
 
-def make_strategy(settings: Settings, tracker: PrivacyTracker) -> LoRAStrategy:
+def make_strategy(settings: Settings, tracker: PrivacyTracker | ClientAccount) -> LoRAStrategy:
     """Build the run's strategy."""
-    bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode != "none"
+    bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode == "record"
     return STRATEGIES[settings.strategy.method].from_settings(
         settings.strategy,
         settings.wire,
@@ -39,7 +40,8 @@ def make_strategy(settings: Settings, tracker: PrivacyTracker) -> LoRAStrategy:
         update_bound=PlannedBound(settings) if bounded else None,
         # Seeded test noise is there to be repeated: then sums shall have the same bits too.
         in_order=settings.privacy.insecure_test_seed >= 0,
-        privacy=_guarantee(settings),
+        privacy=client_guarantee(settings) or _guarantee(settings),
+        client_level=tracker.mechanism if isinstance(tracker, ClientAccount) else None,
         on_reply=tracker.observe,
     )
 
@@ -83,11 +85,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.data.validation_fraction,
         settings.seed,
     )
-    tracker = PrivacyTracker(
-        settings.privacy.target_delta,
-        settings.total_steps,
-        target_epsilon=settings.privacy.target_epsilon,
-    )
+    tracker = make_account(settings)
     strategy = make_strategy(settings, tracker)
     rounds = settings.strategy.num_rounds
     every = settings.strategy.evaluate_every
@@ -123,10 +121,11 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
             "method": settings.strategy.method,
             "rounds": last["round"],
             "stopped_early": last["round"] < rounds,
-            "clients": max(row["clients"] for row in observer.rows),
+            "clients": max(row["clients"] or 0 for row in observer.rows) or None,
             "accuracy_start": first["accuracy"],
             "accuracy_end": last["accuracy"],
             "epsilon": last["epsilon"],
+            **({"client_epsilon": last["client_epsilon"]} if "client_epsilon" in last else {}),
             "delta": settings.privacy.target_delta,
             "bytes_up": last["bytes_up"],
             "bytes_down": last["bytes_down"],

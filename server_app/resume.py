@@ -11,6 +11,7 @@ from federation.run_files import RunFolder, write_atomically
 from federation.settings import Settings, SettingsError
 from strategies.atomic_file import replacing
 
+from .client_account import ClientAccount
 from .privacy_tracker import PrivacyTracker
 
 # What a run may change in the middle: where it looks and writes, and how long it waits.
@@ -43,7 +44,7 @@ class RunAccount:
     have been released, and is asked for again.
     """
 
-    def __init__(self, tracker: PrivacyTracker, steps: int) -> None:
+    def __init__(self, tracker: PrivacyTracker | ClientAccount, steps: int) -> None:
         self._tracker = tracker
         self._steps = steps
 

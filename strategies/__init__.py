@@ -6,6 +6,7 @@ Knows nothing of models, data or noise; any Flower app can use a strategy on its
 from .as_lora import ASLoRA
 from .base import ROUND_PLAN_KEY, LoRAStrategy
 from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from .client_level import ClientLevel, ReleasedMean
 from .client_scores import SCORES_KEY, GradientEnergies
 from .dp_lora import DPLoRA
 from .fed_svd import FedSVD
@@ -58,6 +59,7 @@ __all__ = [
     "ASLoRA",
     "Checkpoint",
     "CheckpointError",
+    "ClientLevel",
     "DPLoRA",
     "EarlyStopping",
     "FFALoRA",
@@ -72,6 +74,7 @@ __all__ = [
     "Mode",
     "NeedFull",
     "NotEnoughNodes",
+    "ReleasedMean",
     "RoLoRA",
     "RoundPlan",
     "RoundReport",

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from flwr.common import log
 
+from .client_level import describe_client_level
+
 if TYPE_CHECKING:
     from .base import LoRAStrategy
 
 _UNIT = "one record of one client"
+_NOISED = "that of the mechanism which noises each round's sum"
 _BY_CLIENTS = "as the ClientApps' replies state it; a round whose replies state none is NOT PRIVATE"
 
 
@@ -20,6 +23,7 @@ def log_summary(strategy: LoRAStrategy) -> None:
     mean = f"trimmed by {one.trim:g} at either end" if one.trim else "over all valid replies"
     bound = "none" if one.update_bound is None else "signal plus noise of the public plan"
     rates = f"lr A {one.lr_a:g}, B {one.lr_b:g}, head {one.lr_head:g}, decay {one.lr_decay:g}"
+    promised = _BY_CLIENTS if one.client_level is None else _NOISED
     tree: list[tuple[str, list[str]]] = [
         (
             f"Method: {one.name}",
@@ -30,7 +34,13 @@ def log_summary(strategy: LoRAStrategy) -> None:
                 f"Low-pass filter: {'on' if one.low_pass else 'off'}",
             ],
         ),
-        ("Privacy:", [f"Unit: {_UNIT}", f"Guarantee: {one.privacy or _BY_CLIENTS}"]),
+        (
+            "Privacy:",
+            [
+                *describe_client_level(one.client_level, _UNIT),
+                f"Guarantee: {one.privacy or promised}",
+            ],
+        ),
         (
             "Wire:",
             [

@@ -1,0 +1,53 @@
+"""What other rooms' settings must be where a whole client is the unit of protection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from privacy.client_settings import CLIENT_MODES
+from strategies.settings import PRODUCT_METHODS
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+_NEUTRAL = {"weighting": "uniform", "trim": 0.0, "fraction_train": 1.0}
+_WHY = {
+    "weighting": "all clients weigh the same",
+    "trim": "only the sum of all updates is used",
+    "fraction_train": "privacy.client-sample-rate says who is asked",
+}
+
+
+def check_client_mode(settings: Settings) -> None:
+    """Refuse settings that look at single clients, or weigh them differently.
+
+    Raises
+    ------
+    ValueError
+        Naming the key, what it got and what it takes.
+    """
+    mode, strategy = settings.privacy.mode, settings.strategy
+    if mode not in CLIENT_MODES:
+        return
+    for name, accepted in _NEUTRAL.items():
+        if (value := getattr(strategy, name)) != accepted:
+            raise ValueError(
+                f"strategy.{name.replace('_', '-')} must be {accepted!r} with privacy.mode = "
+                f"{mode!r}, got {value!r}: {_WHY[name]}"
+            )
+    if strategy.method in PRODUCT_METHODS:
+        raise ValueError(
+            f"strategy.method = {strategy.method!r} needs each client's own factors, of which "
+            f"privacy.mode = {mode!r} uses the noised sum only: accepted are methods that average "
+            "the factors (dp-lora, ffa-lora, ro-lora, la-lora, as-lora, fed-svd)"
+        )
+    if strategy.score not in ("auto", "debiased"):
+        raise ValueError(
+            f"strategy.score = {strategy.score!r} looks at single updates: accepted with "
+            f"privacy.mode = {mode!r} are 'auto' and 'debiased'"
+        )
+    if strategy.low_pass == "on":
+        raise ValueError(
+            "strategy.low-pass = 'on' filters noised gradients, and with privacy.mode = "
+            f"{mode!r} gradients have no noise: accepted are 'auto' and 'off'"
+        )

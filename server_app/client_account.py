@@ -1,0 +1,96 @@
+"""The account of a run whose unit of protection is a whole client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message
+
+from federation.settings import Settings
+from privacy import ClientLevelMechanism, ClientLevelPlan
+from privacy.client_settings import CLIENT_MODES
+
+from .privacy_tracker import PrivacyTracker
+
+# Numbers that tell who answered, which may depend on what is protected.
+_HIDDEN = ("clients", "failures", "bytes_up", "bytes_down")
+
+
+class ClientAccount:
+    """Counts a run's noised sums; takes the place of :class:`PrivacyTracker`.
+
+    Parameters
+    ----------
+    mechanism : ClientLevelMechanism
+        Counts what it releases.
+
+    Notes
+    -----
+    Client-level and record-level epsilons protect different things and are never mixed: lines have
+    ``client_epsilon``, and ``epsilon``, which is of records, is none.  (A client's guarantee holds
+    for each of its records, too, but not against the server.)
+    """
+
+    def __init__(self, mechanism: ClientLevelMechanism) -> None:
+        self.mechanism = mechanism
+
+    def observe(self, node: int, message: Message) -> None:
+        """Clients state no noise here."""
+
+    def largest_epsilon(self) -> float:
+        """No record-level epsilon is claimed, against the server least of all."""
+        return math.inf
+
+    def in_its_unit(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A round's line with the clients' epsilon, and without what tells who answered."""
+        epsilon = self.mechanism.epsilon()
+        return {
+            **{key: None if key in _HIDDEN else value for key, value in row.items()},
+            "client_epsilon": epsilon if math.isfinite(epsilon) else None,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums released so far."""
+        return {"rounds-released": self.mechanism.rounds_released}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.mechanism.rounds_released = int(state["rounds-released"])
+
+    def begin_again(self, lost_steps: int) -> None:
+        """Count the round in which the earlier run was cut off: it may have been released."""
+        self.mechanism.rounds_released += 1
+
+
+def make_account(settings: Settings) -> PrivacyTracker | ClientAccount:
+    """The account that belongs to the run's unit of protection.
+
+    Raises
+    ------
+    AccountingError
+        If no noise meets the budget.
+    """
+    if settings.privacy.mode not in CLIENT_MODES:
+        return PrivacyTracker(
+            settings.privacy.target_delta,
+            settings.total_steps,
+            target_epsilon=settings.privacy.target_epsilon,
+        )
+    plan = ClientLevelPlan.for_run(settings.privacy, rounds=settings.strategy.num_rounds)
+    seed = settings.privacy.insecure_test_seed
+    return ClientAccount(ClientLevelMechanism(plan, insecure_test_seed=seed))
+
+
+def client_guarantee(settings: Settings) -> str | None:
+    """What the summary says of the run where clients are the unit; ``None`` elsewhere."""
+    privacy = settings.privacy
+    if privacy.mode not in CLIENT_MODES or privacy.insecure_test_seed >= 0:
+        return None
+    if settings.resume:
+        return "what the earlier run spent and this one adds: each round's client-level epsilon"
+    return (
+        f"CLIENT-level epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} at "
+        "most, over all rounds"
+    )

@@ -1,0 +1,186 @@
+"""Rounds of which only a noised sum may be used: the seam for privacy of whole clients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from flwr.serverapp import Grid
+
+from .nodes import wait_for_nodes
+from .replies import Float64s
+from .settings import PRODUCT_METHODS
+
+if TYPE_CHECKING:
+    from .base import LoRAStrategy
+
+
+class ClientLevel(Protocol):
+    """What noises a round's sum; ``privacy.ClientLevelMechanism`` is one."""
+
+    unit: str
+    guards_against: str
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on each value of a released mean."""
+        ...
+
+    @property
+    def secure(self) -> bool:
+        """Whether nobody can reproduce the noise."""
+        ...
+
+    def draw(self, server_round: int, candidates: int) -> npt.NDArray[np.bool_]:
+        """Say of each connected node whether the round asks it."""
+        ...
+
+    def clip(self, update: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Float64s]:
+        """One client's contribution to the sum."""
+        ...
+
+    def release(self, server_round: int, sums: Mapping[str, Float64s]) -> dict[str, Float64s]:
+        """The noised mean of a round; each call costs privacy."""
+        ...
+
+
+class ReleasedMean:
+    """Sum of clipped updates of which only the noised mean comes out, once.
+
+    Parameters
+    ----------
+    mechanism : ClientLevel
+        Clips each update, noises the sum.
+    server_round : int
+        The round.
+    shapes : mapping of str to tuple of int
+        All tensors that the round trains; they are released also if nobody answers.
+
+    Notes
+    -----
+    A client that fails, is late or is refused adds zero, and the divisor stays what it is: both
+    are what the mechanism's guarantee assumes.
+    """
+
+    def __init__(
+        self,
+        mechanism: ClientLevel,
+        server_round: int,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.count = 0
+        self._mechanism = mechanism
+        self._round = server_round
+        self._sums = {name: np.zeros(shape) for name, shape in shapes.items()}
+        self._released: dict[str, Float64s] | None = None
+
+    def add(self, update: Mapping[str, npt.NDArray[np.float32]], weight: float) -> None:
+        """Clip one update, whatever its client did already, and add it; ``weight`` must be 1."""
+        if weight != 1.0:
+            raise ValueError(f"clients weigh the same under client-level privacy, got {weight}")
+        if self._released is not None:
+            raise RuntimeError("this round's sum is released already")
+        for name, value in self._mechanism.clip(update).items():
+            self._sums[name] += value
+        self.count += 1
+
+    def mean(self) -> dict[str, Float64s]:
+        """The noised mean; drawn at the first call, the same at every later one."""
+        if self._released is None:
+            self._released = self._mechanism.release(self._round, self._sums)
+            self._sums = {}
+        return dict(self._released)
+
+
+def poisson_nodes(
+    grid: Grid, mechanism: ClientLevel, server_round: int, *, available: int, timeout: float
+) -> list[int]:
+    """Ask each connected node with the mechanism's own coin; possibly nobody.
+
+    Flower's sampling, of a fixed number, has another privacy loss than the accountant's.
+
+    Raises
+    ------
+    NotEnoughNodes
+        If fewer than ``available`` nodes connect within ``timeout`` seconds.
+    """
+    connected = wait_for_nodes(grid, available, timeout)
+    asked = mechanism.draw(server_round, len(connected))
+    return [node for node, drawn in zip(connected, asked, strict=True) if drawn]
+
+
+def check_client_level(strategy: LoRAStrategy) -> None:
+    """Refuse what needs single updates, or weights that differ.
+
+    Raises
+    ------
+    ValueError
+        Saying what, and what is accepted.
+    """
+    if strategy.name in PRODUCT_METHODS:
+        raise ValueError(
+            f"{strategy.name} needs each client's own factors, of which client-level privacy "
+            "releases the noised sum only; accepted are methods that average the factors"
+        )
+    wanted: dict[str, object] = {
+        "weighting": "uniform",
+        "trim": 0.0,
+        "update_bound": None,
+        "fraction_train": 1.0,
+        "low_pass": False,  # before the noise it only bends the update
+    }
+    for name, accepted in wanted.items():
+        if (value := getattr(strategy, name)) != accepted:
+            raise ValueError(
+                f"{name} must be {accepted!r} under client-level privacy, got {value!r}"
+            )
+
+
+def energies_above_noise(
+    mean: Mapping[str, Float64s],
+    groups: Mapping[str, str],
+    lr: Mapping[str, float],
+    steps: int,
+    noise_std: float,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """AS-LoRA's debiased scores from a released mean alone.
+
+    ``(||mean||^2 - numel std^2) / (eta E)^2`` by group: the noise is the server's own, so its
+    energy is known exactly, whatever optimizer the clients use.
+
+    Parameters
+    ----------
+    mean : mapping of str to array
+        The released mean change.
+    groups : mapping of str to str
+        Group of each active factor tensor.
+    lr : mapping of str to float
+        Learning rate of each tensor in the round.
+    steps : int
+        Local steps E.
+    noise_std : float
+        Standard deviation of the noise on each value of the mean.
+
+    Returns
+    -------
+    tuple of dict of str to float
+        Scores, and the noise's expected energy in the same units, by group.
+    """
+    scores: dict[str, float] = defaultdict(float)
+    floors: dict[str, float] = defaultdict(float)
+    for name, group in groups.items():
+        scale = (lr[name] * steps) ** 2
+        floor = mean[name].size * noise_std**2 / scale
+        scores[group] += float(np.vdot(mean[name], mean[name])) / scale - floor
+        floors[group] += floor
+    return dict(scores), dict(floors)
+
+
+def describe_client_level(mechanism: ClientLevel | None, otherwise: str) -> Sequence[str]:
+    """Lines of the summary: unit and, under client-level privacy, against whom."""
+    if mechanism is None:
+        return [f"Unit: {otherwise}"]
+    return [f"Unit: {mechanism.unit}", f"Guards against: {mechanism.guards_against}"]
