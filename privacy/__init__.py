@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .budget import BudgetExhausted, StepBudget
     from .client_level import ClientLevelMechanism, ClientLevelPlan, clip_update
     from .clipping import clip_and_sum, joint_norms
+    from .discrete_gaussian import sample_discrete_gaussian
+    from .distributed_noise import DistributedMechanism, DistributedPlan, zcdp_epsilon
     from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
@@ -39,6 +41,8 @@ _HOMES = {
     "BudgetExhausted": "budget",
     "ClientLevelMechanism": "client_level",
     "ClientLevelPlan": "client_level",
+    "DistributedMechanism": "distributed_noise",
+    "DistributedPlan": "distributed_noise",
     "EngineError": "guards",
     "FusedEngine": "fused_engine",
     "GradientEngine": "engines",
@@ -68,7 +72,9 @@ _HOMES = {
     "privatize": "mechanism",
     "prv_epsilon": "accounting",
     "rdp_epsilon": "accounting",
+    "sample_discrete_gaussian": "discrete_gaussian",
     "standard_normal": "randomness",
+    "zcdp_epsilon": "distributed_noise",
 }
 
 __all__ = [
@@ -76,6 +82,8 @@ __all__ = [
     "BudgetExhausted",
     "ClientLevelMechanism",
     "ClientLevelPlan",
+    "DistributedMechanism",
+    "DistributedPlan",
     "EngineError",
     "FusedEngine",
     "GradientEngine",
@@ -105,7 +113,9 @@ __all__ = [
     "privatize",
     "prv_epsilon",
     "rdp_epsilon",
+    "sample_discrete_gaussian",
     "standard_normal",
+    "zcdp_epsilon",
 ]
 
 

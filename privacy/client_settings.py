@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .settings import PrivacySettings
 
-CLIENT_MODES = ("client",)
+CLIENT_MODES = ("client", "client-distributed")
 """Modes whose unit is a whole client; elsewhere it is a record, or nothing is protected."""
+
+SECURE_MODES = ("client-distributed",)
+"""Modes in which clients put on the noise and the server sees sums only."""
 
 # What each key is where it has no meaning.
 _NEUTRAL = {
@@ -16,7 +19,10 @@ _NEUTRAL = {
     "registered_clients": 0,
     "client_sample_rate": 1.0,
     "participation": "public",
+    "least_clients": 0,
+    "colluding_clients": 0,
 }
+_OF_SECURE = ("least_clients", "colluding_clients")
 
 
 def check_client_settings(settings: PrivacySettings) -> None:
@@ -29,9 +35,10 @@ def check_client_settings(settings: PrivacySettings) -> None:
     """
     if settings.mode not in CLIENT_MODES:
         for name, neutral in _NEUTRAL.items():
+            owner = "client-distributed" if name in _OF_SECURE else "client"
             if (value := getattr(settings, name)) != neutral:
                 raise ValueError(
-                    f"privacy.{name.replace('_', '-')} belongs to privacy.mode = 'client', got "
+                    f"privacy.{name.replace('_', '-')} belongs to privacy.mode = {owner!r}, got "
                     f"{value!r}: accepted with mode {settings.mode!r} is {neutral!r}"
                 )
         return
@@ -53,4 +60,32 @@ def check_client_settings(settings: PrivacySettings) -> None:
             "privacy.target-delta must be below 1 / privacy.registered-clients = "
             f"{1 / settings.registered_clients:.2e} with privacy.mode = {settings.mode!r}, got "
             f"{settings.target_delta:g}"
+        )
+    if settings.mode in SECURE_MODES:
+        _check_secure(settings)
+    elif settings.least_clients or settings.colluding_clients:
+        raise ValueError(
+            "privacy.least-clients and privacy.colluding-clients belong to privacy.mode = "
+            f"'client-distributed', got {settings.least_clients} and "
+            f"{settings.colluding_clients} with mode {settings.mode!r}: accepted is 0"
+        )
+
+
+def _check_secure(settings: PrivacySettings) -> None:
+    if settings.participation != "public":
+        raise ValueError(
+            "privacy.participation must be 'public' with privacy.mode = "
+            f"{settings.mode!r}, got {settings.participation!r}: the server sees who takes part"
+        )
+    if not 2 <= settings.least_clients <= settings.registered_clients:
+        raise ValueError(
+            "privacy.least-clients must be from 2 to privacy.registered-clients = "
+            f"{settings.registered_clients} with privacy.mode = {settings.mode!r}, got "
+            f"{settings.least_clients}"
+        )
+    if settings.colluding_clients >= settings.least_clients:
+        raise ValueError(
+            "privacy.colluding-clients must be below privacy.least-clients = "
+            f"{settings.least_clients}, got {settings.colluding_clients}: somebody's noise must "
+            "stay secret"
         )

@@ -24,10 +24,11 @@ class PrivacySettings(BaseModel):
         frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
     )
 
-    mode: Literal["record", "client", "none"] = Field(
+    mode: Literal["record", "client", "client-distributed", "none"] = Field(
         default="record",
         description="Unit of protection. record: one record of one client, noised at the client; "
-        "client: a whole client, noised by a server that is trusted; none: no privacy at all.",
+        "client: a whole client, noised by a server that is trusted; client-distributed: a whole "
+        "client, noised by the clients under secure aggregation; none: no privacy at all.",
     )
     target_epsilon: float = Field(
         default=8.0,
@@ -86,26 +87,39 @@ class PrivacySettings(BaseModel):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="client: clip norm S of a client's whole update, over all tensors that travel; "
-        "it must be above 0 there and 0 elsewhere.",
+        description="client modes: clip norm S of a client's whole update, over all tensors that "
+        "travel; it must be above 0 there and 0 elsewhere.",
     )
     registered_clients: int = Field(
         default=0,
         ge=0,
-        description="client: public number of clients that may take part; with "
+        description="client modes: public number of clients that may take part; with "
         "client-sample-rate it makes the constant by which sums are divided.  0 elsewhere.",
     )
     client_sample_rate: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="client: probability with which the server asks each client in a round, "
+        description="client modes: probability with which the server asks each client in a round, "
         "independently (Poisson sampling, in place of strategy.fraction-train).  1 elsewhere.",
     )
     participation: Literal["public", "secret"] = Field(
         default="public",
         description="client: who takes part in a round is public (every client is accounted as in "
         "every round), or known to nobody but the server (amplification by sampling is credited).",
+    )
+
+    least_clients: int = Field(
+        default=0,
+        ge=0,
+        description="client-distributed: fewest clients whose sum is ever unmasked; the noise is "
+        "calibrated for so many shares.  0 elsewhere.",
+    )
+    colluding_clients: int = Field(
+        default=0,
+        ge=0,
+        description="client-distributed: how many clients may tell the server their noise without "
+        "harm to the others' guarantee; below least-clients.",
     )
 
     @model_validator(mode="after")
