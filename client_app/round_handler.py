@@ -31,17 +31,17 @@ from strategies import (
     SCORES_KEY,
     GradientEnergies,
     NeedFull,
+    ProtocolError,
     RoundPlan,
     UnusableMessage,
     ask_for_everything,
     receive_adapter,
-    update_records,
 )
 from task.backbones import backbone_loads
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
-from .client_level import outgoing, unit_statement
+from .client_level import outgoing_records, secure_answer, unit_statement
 from .local_training import TrainingError, step_kind, train_round
 from .placement import choose_device, choose_rank, set_threads
 from .session import open_session
@@ -65,6 +65,7 @@ _FAILURES: tuple[tuple[type[Exception], ClientFailure], ...] = (
     (SettingsError, ClientFailure.SETTINGS),
     (MessageError, ClientFailure.MESSAGE),
     (UnusableMessage, ClientFailure.MESSAGE),
+    (ProtocolError, ClientFailure.PRIVACY),
     (BackboneDiffers, ClientFailure.BACKBONE_DIFFERS),
     (DataError, ClientFailure.DATA),
     (ModelError, ClientFailure.MODEL),
@@ -83,6 +84,8 @@ def handle_train(message: Message, context: Context) -> Message:
     engines differ in what they keep of ``context.state`` after an exception.
     """
     try:
+        if (answer := secure_answer(message, context)) is not None:
+            return Message(content=answer, reply_to=message)
         with traced_message() as trace:
             return Message(content=_train(message, context, trace), reply_to=message)
     except Exception as error:
@@ -163,10 +166,11 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     if settings.strategy.weighting == "public-counts":
         metrics[COUNT_KEY] = len(records)
     rounding = np.random.default_rng((settings.seed, _who(context), plan.server_round))
-    values = outgoing(settings, {name: value.numpy() for name, value in update.items()})
+    values = {name: value.numpy() for name, value in update.items()}
+    size = sum(value.numel() for value in received.values())
     reply = RecordDict(
         {
-            **update_records(message, context.state, values, rounding),
+            **outgoing_records(settings, message, context, plan, values, size, rounding),
             METRICS_KEY: metrics,
             PRIVACY_KEY: unit_statement(settings) or _statement(budget, settings, noise_std),
         }

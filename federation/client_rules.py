@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from privacy.client_settings import CLIENT_MODES
+from privacy.client_settings import CLIENT_MODES, SECURE_MODES
 from strategies.settings import PRODUCT_METHODS
 
 if TYPE_CHECKING:
@@ -50,4 +50,9 @@ def check_client_mode(settings: Settings) -> None:
         raise ValueError(
             "strategy.low-pass = 'on' filters noised gradients, and with privacy.mode = "
             f"{mode!r} gradients have no noise: accepted are 'auto' and 'off'"
+        )
+    if mode in SECURE_MODES and settings.wire.dtype != "float32":
+        raise ValueError(
+            f"wire.dtype must be 'float32' with privacy.mode = {mode!r}, got "
+            f"{settings.wire.dtype!r}: masked values are whole numbers of 32 bits"
         )

@@ -9,8 +9,14 @@ from typing import Any
 from flwr.app import Message
 
 from federation.settings import Settings
-from privacy import ClientLevelMechanism, ClientLevelPlan
-from privacy.client_settings import CLIENT_MODES
+from privacy import (
+    ClientLevelMechanism,
+    ClientLevelPlan,
+    DistributedMechanism,
+    DistributedPlan,
+)
+from privacy.client_settings import CLIENT_MODES, SECURE_MODES
+from strategies import SecureAggregation
 
 from .privacy_tracker import PrivacyTracker
 
@@ -23,8 +29,13 @@ class ClientAccount:
 
     Parameters
     ----------
-    mechanism : ClientLevelMechanism
+    mechanism : ClientLevelMechanism or DistributedMechanism
         Counts what it releases.
+
+    Attributes
+    ----------
+    level : ClientLevelMechanism or SecureAggregation
+        What the strategy is given.
 
     Notes
     -----
@@ -33,8 +44,13 @@ class ClientAccount:
     for each of its records, too, but not against the server.)
     """
 
-    def __init__(self, mechanism: ClientLevelMechanism) -> None:
+    def __init__(self, mechanism: ClientLevelMechanism | DistributedMechanism) -> None:
         self.mechanism = mechanism
+        self.level: ClientLevelMechanism | SecureAggregation
+        if isinstance(mechanism, DistributedMechanism):
+            self.level = SecureAggregation(mechanism)
+        else:
+            self.level = mechanism
 
     def observe(self, node: int, message: Message) -> None:
         """Clients state no noise here."""
@@ -46,9 +62,11 @@ class ClientAccount:
     def in_its_unit(self, row: dict[str, Any]) -> dict[str, Any]:
         """A round's line with the clients' epsilon, and without what tells who answered."""
         epsilon = self.mechanism.epsilon()
+        hears = self.mechanism.guards_against
         return {
             **{key: None if key in _HIDDEN else value for key, value in row.items()},
             "client_epsilon": epsilon if math.isfinite(epsilon) else None,
+            "guards_against": hears,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,8 +82,15 @@ class ClientAccount:
         self.mechanism.rounds_released += 1
 
 
-def make_account(settings: Settings) -> PrivacyTracker | ClientAccount:
+def make_account(settings: Settings, values: int) -> PrivacyTracker | ClientAccount:
     """The account that belongs to the run's unit of protection.
+
+    Parameters
+    ----------
+    settings : Settings
+        The run's settings.
+    values : int
+        Values of the whole adapter.
 
     Raises
     ------
@@ -78,8 +103,11 @@ def make_account(settings: Settings) -> PrivacyTracker | ClientAccount:
             settings.total_steps,
             target_epsilon=settings.privacy.target_epsilon,
         )
-    plan = ClientLevelPlan.for_run(settings.privacy, rounds=settings.strategy.num_rounds)
-    seed = settings.privacy.insecure_test_seed
+    rounds, seed = settings.strategy.num_rounds, settings.privacy.insecure_test_seed
+    if settings.privacy.mode in SECURE_MODES:
+        shares = DistributedPlan.for_run(settings.privacy, rounds=rounds, values=values)
+        return ClientAccount(DistributedMechanism(shares, insecure_test_seed=seed))
+    plan = ClientLevelPlan.for_run(settings.privacy, rounds=rounds)
     return ClientAccount(ClientLevelMechanism(plan, insecure_test_seed=seed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def make_strategy(settings: Settings, tracker: PrivacyTracker | ClientAccount) -
         # Seeded test noise is there to be repeated: then sums shall have the same bits too.
         in_order=settings.privacy.insecure_test_seed >= 0,
         privacy=client_guarantee(settings) or _guarantee(settings),
-        client_level=tracker.mechanism if isinstance(tracker, ClientAccount) else None,
+        client_level=tracker.level if isinstance(tracker, ClientAccount) else None,
         on_reply=tracker.observe,
     )
 
@@ -85,7 +86,8 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.data.validation_fraction,
         settings.seed,
     )
-    tracker = make_account(settings)
+    initial = {name: Array(value.numpy()) for name, value in model.adapter_state().items()}
+    tracker = make_account(settings, sum(math.prod(a.shape) for a in initial.values()))
     strategy = make_strategy(settings, tracker)
     rounds = settings.strategy.num_rounds
     every = settings.strategy.evaluate_every
@@ -96,9 +98,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         take_over(earlier, folder)
     strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(
-            {name: Array(value.numpy()) for name, value in model.adapter_state().items()}
-        ),
+        initial_arrays=ArrayRecord(initial),
         num_rounds=rounds,
         timeout=settings.strategy.round_timeout,
         train_config=ConfigRecord({FINGERPRINT_KEY: model.fingerprint}),
@@ -125,7 +125,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
             "accuracy_start": first["accuracy"],
             "accuracy_end": last["accuracy"],
             "epsilon": last["epsilon"],
-            **({"client_epsilon": last["client_epsilon"]} if "client_epsilon" in last else {}),
+            **{key: last[key] for key in ("client_epsilon", "guards_against") if key in last},
             "delta": settings.privacy.target_delta,
             "bytes_up": last["bytes_up"],
             "bytes_down": last["bytes_down"],

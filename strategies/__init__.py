@@ -32,6 +32,14 @@ from .reply_gate import PRIVACY_KEY
 from .report import RoundReport, payload_bytes
 from .ro_lora import RoLoRA
 from .round_plan import Mode, RoundPlan
+from .secure_aggregation import (
+    SECURE_KEY,
+    MaskLimits,
+    ProtocolError,
+    SecureAggregation,
+    answer_stage,
+    masked_records,
+)
 from .settings import StrategySettings, WireSettings
 from .tensor_names import kind_of, layer_of, layers_of
 
@@ -54,6 +62,7 @@ __all__ = [
     "PRIVACY_KEY",
     "ROUND_PLAN_KEY",
     "SCORES_KEY",
+    "SECURE_KEY",
     "STRATEGIES",
     "WIRE_KEY",
     "ASLoRA",
@@ -71,23 +80,28 @@ __all__ = [
     "InvalidReply",
     "LALoRA",
     "LoRAStrategy",
+    "MaskLimits",
     "Mode",
     "NeedFull",
     "NotEnoughNodes",
+    "ProtocolError",
     "ReleasedMean",
     "RoLoRA",
     "RoundPlan",
     "RoundReport",
+    "SecureAggregation",
     "StrategySettings",
     "UnusableMessage",
     "UpdateBound",
     "WireSettings",
     "active_factors",
+    "answer_stage",
     "ask_for_everything",
     "freeze_inactive",
     "kind_of",
     "layer_of",
     "layers_of",
+    "masked_records",
     "payload_bytes",
     "read_checkpoint",
     "receive_adapter",

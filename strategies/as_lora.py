@@ -11,9 +11,8 @@ from flwr.app import ArrayRecord, Message
 from flwr.common import log
 
 from .base import LoRAStrategy, Update
-from .client_level import energies_above_noise
+from .client_level import ReleasedEnergies
 from .client_scores import ClientScores
-from .replies import Float64s
 from .round_plan import Mode, RoundPlan
 from .score_report import describe_round
 from .scores import ScoreSource, UpdateEnergies
@@ -85,11 +84,6 @@ class ASLoRA(LoRAStrategy):
                 f"score {score!r} needs optimizer 'sgd', got {self.optimizer!r}: an adaptive step "
                 "has no known noise; take 'pairwise'"
             )
-        if self.client_level is not None and score not in ("auto", "debiased"):
-            raise ValueError(
-                f"score {score!r} looks at single updates; under client-level privacy 'auto' and "
-                "'debiased' are accepted"
-            )
 
     @classmethod
     def from_settings(
@@ -147,6 +141,8 @@ class ASLoRA(LoRAStrategy):
         self._active = {name: group_of(name, self.granularity) for name in active}
         self._round = plan
         self._energies = UpdateEnergies(self._active)
+        if self.client_level is not None:
+            self._energies = ReleasedEnergies(self._active, self.client_level)
         self._stated = ClientScores(self._energies.groups) if self.score == "client" else None
 
     def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
@@ -167,9 +163,6 @@ class ASLoRA(LoRAStrategy):
     def _learn(self, plan: RoundPlan) -> None:
         if self._energies is None or self.choice is None:
             return
-        if self.client_level is not None:
-            self._learn_from_mean(plan, self._mean.mean())
-            return
         # Scores need the ordinary mean: its noise is known, and pairs add up in it.
         mean = self._mean.plain if isinstance(self._mean, TrimmedMean) else self._mean
         source, changes = self._source(self._energies), mean.mean()
@@ -180,27 +173,6 @@ class ASLoRA(LoRAStrategy):
             scores = self._energies.debiased(changes, lr, plan.local_steps, low_pass=plan.low_pass)
         else:
             scores = self._energies.pairwise(changes, lr, plan.local_steps)
-        floors = None
-        if scores and self._energies.noise_is_known:
-            floors = self._energies.noise_floors(changes, plan.local_steps, low_pass=plan.low_pass)
-        self._take_scores(plan, source, scores, floors)
-
-    def _learn_from_mean(self, plan: RoundPlan, mean: Mapping[str, Float64s]) -> None:
-        assert self.client_level is not None
-        lr = {name: plan.learning_rate(name) for name in mean}
-        scores, floors = energies_above_noise(
-            mean, self._active, lr, plan.local_steps, self.client_level.noise_std
-        )
-        self._take_scores(plan, "debiased", scores, floors)
-
-    def _take_scores(
-        self,
-        plan: RoundPlan,
-        source: ScoreSource,
-        scores: dict[str, float],
-        floors: Mapping[str, float] | None,
-    ) -> None:
-        assert self.choice is not None
         chosen = self.choice.choose(plan.server_round)
         for group, score in scores.items():
             # What a round gains is the score times its learning rate; only the ratio matters.
@@ -208,6 +180,11 @@ class ASLoRA(LoRAStrategy):
             self.choice.observe(group, chosen[group], rate * score)
         self.last_scores = scores
         if scores:
+            floors = None
+            if self._energies.noise_is_known:
+                floors = self._energies.noise_floors(
+                    changes, plan.local_steps, low_pass=plan.low_pass
+                )
             log(INFO, "%s", describe_round(plan.server_round, chosen, source, scores, floors))
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,6 +201,8 @@ class ASLoRA(LoRAStrategy):
     def _source(self, energies: UpdateEnergies) -> ScoreSource:
         if self.score == "client":
             return "client"
+        if self.client_level is not None:
+            return "debiased"
         if self.score == "pairwise" or self.optimizer != "sgd":
             return "pairwise"
         if energies.noise_is_known:

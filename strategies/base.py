@@ -26,6 +26,7 @@ from .replies import InvalidReply, WeightedMean
 from .reply_gate import ReplyGate, states_privacy
 from .report import RoundReport, payload_bytes
 from .round_plan import Mode, Optimizer, RoundPlan
+from .secure_aggregation import SECURE_KEY, SecureAggregation, SecureMean
 from .settings import StrategySettings, WireSettings
 from .summary import log_summary
 from .tensor_names import kind_of
@@ -35,6 +36,7 @@ from .wire_dtypes import WireDtype, relative_error
 ROUND_PLAN_KEY = "round-plan"
 _LONGEST_REASON = 300
 Weighting = Literal["uniform", "public-counts"]
+Mean = WeightedMean | TrimmedMean | ReleasedMean | SecureMean
 Update = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -86,9 +88,11 @@ class LoRAStrategy(Strategy):
         they come in.  For tests and studies: it waits for the slowest first.
     privacy : str, optional
         What :meth:`summary` says of the run's privacy; the strategy itself promises none.
-    client_level : ClientLevel, optional
+    client_level : ClientLevel or SecureAggregation, optional
         Privacy of whole clients: clips updates, draws nodes and noises each round's sum, of which
-        nothing else is used; every round is applied then (:mod:`~strategies.client_level`).
+        nothing else is used; every round is applied then (:mod:`~strategies.client_level`).  Or
+        clients put on the noise themselves and the server sees their sum only
+        (:mod:`~strategies.secure_aggregation`).
     on_reply : callable, optional
         ``on_reply(node_id, message)`` is called for each trained reply, before it is checked.
 
@@ -133,7 +137,7 @@ class LoRAStrategy(Strategy):
         seed: int = 0,
         in_order: bool = False,
         privacy: str | None = None,
-        client_level: ClientLevel | None = None,
+        client_level: ClientLevel | SecureAggregation | None = None,
         on_reply: Callable[[int, Message], None] | None = None,
     ) -> None:
         self.local_steps = local_steps
@@ -162,7 +166,7 @@ class LoRAStrategy(Strategy):
         self.last_round: RoundReport | None = None
         self._adapter: dict[str, npt.NDArray[np.float32]] = {}
         self._record: ArrayRecord | None = None
-        self._mean: WeightedMean | TrimmedMean | ReleasedMean = WeightedMean()
+        self._mean: Mean = WeightedMean()
         self._downlink = Downlink(self._tensors_for, arrayrecord_key)
         self._warned = False
         if trim and not self.can_trim:
@@ -274,6 +278,10 @@ class LoRAStrategy(Strategy):
             self.configrecord_key: ConfigRecord({**config, "server-round": server_round}),
             ROUND_PLAN_KEY: self.plan(server_round).to_record(),
         }
+        if isinstance(self.client_level, SecureAggregation):
+            nodes, common[SECURE_KEY] = self.client_level.open(
+                grid, server_round, nodes, self.node_timeout
+            )
         # A list: Flower's HTTP grid walks the messages twice.
         return self._downlink.open_round(
             nodes, common, default_rank=self._default_rank(), dtype=self.wire_dtype
@@ -334,12 +342,11 @@ class LoRAStrategy(Strategy):
             self._note(failures, server_round, f"node {node}: no reply in time")
 
         valid = self._mean.count
-        # Whether a round counts must not tell who took part: then it always does.
-        enough = self.client_level is not None or valid >= self.min_train_nodes
+        enough = self._is_enough(valid)
         applied = enough and self._apply_if_finite(plan)
         if applied:
             self._record = ArrayRecord({n: Array(value) for n, value in self._adapter.items()})
-        elif not enough:
+        elif not enough and self.client_level is None:
             text = "Round %d is not applied: %d valid replies, min_train_nodes is %d"
             log(WARNING, text, server_round, valid, self.min_train_nodes)
         if valid > 2 and heaviest[0] > all_weights / 2:
@@ -471,9 +478,18 @@ class LoRAStrategy(Strategy):
             seed=(self.seed, server_round),
         )
 
-    def _new_mean(self, plan: RoundPlan, asked: int) -> WeightedMean | TrimmedMean | ReleasedMean:
+    def _is_enough(self, valid: int) -> bool:
+        """Whether a round's replies make a mean."""
+        if isinstance(self._mean, SecureMean):
+            return self._mean.close()
+        # Whether a round counts must not tell who took part: then it always does.
+        return self.client_level is not None or valid >= self.min_train_nodes
+
+    def _new_mean(self, plan: RoundPlan, asked: int) -> Mean:
         if self.client_level is not None:
             shapes = {name: self._adapter[name].shape for name in plan.uploaded(self._adapter)}
+            if isinstance(self.client_level, SecureAggregation):
+                return SecureMean(self.client_level, shapes)
             return ReleasedMean(self.client_level, plan.server_round, shapes)
         return TrimmedMean(self.trim, asked) if self.trim else WeightedMean()
 

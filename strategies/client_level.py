@@ -12,30 +12,42 @@ from flwr.serverapp import Grid
 
 from .nodes import wait_for_nodes
 from .replies import Float64s
+from .scores import UpdateEnergies
 from .settings import PRODUCT_METHODS
 
 if TYPE_CHECKING:
     from .base import LoRAStrategy
 
 
-class ClientLevel(Protocol):
-    """What noises a round's sum; ``privacy.ClientLevelMechanism`` is one."""
-
-    unit: str
-    guards_against: str
+class NodeDraw(Protocol):
+    """What all mechanisms for whole clients have: who is protected, and who is asked."""
 
     @property
-    def noise_std(self) -> float:
-        """Standard deviation of the noise on each value of a released mean."""
+    def unit(self) -> str:
+        """What is protected."""
         ...
 
     @property
-    def secure(self) -> bool:
-        """Whether nobody can reproduce the noise."""
+    def guards_against(self) -> str:
+        """Against whom."""
+        ...
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on each value of the latest mean."""
         ...
 
     def draw(self, server_round: int, candidates: int) -> npt.NDArray[np.bool_]:
         """Say of each connected node whether the round asks it."""
+        ...
+
+
+class ClientLevel(NodeDraw, Protocol):
+    """What noises a round's sum; ``privacy.ClientLevelMechanism`` is one."""
+
+    @property
+    def secure(self) -> bool:
+        """Whether nobody can reproduce the noise."""
         ...
 
     def clip(self, update: Mapping[str, npt.NDArray[np.float32]]) -> dict[str, Float64s]:
@@ -96,7 +108,7 @@ class ReleasedMean:
 
 
 def poisson_nodes(
-    grid: Grid, mechanism: ClientLevel, server_round: int, *, available: int, timeout: float
+    grid: Grid, mechanism: NodeDraw, server_round: int, *, available: int, timeout: float
 ) -> list[int]:
     """Ask each connected node with the mechanism's own coin; possibly nobody.
 
@@ -137,49 +149,67 @@ def check_client_level(strategy: LoRAStrategy) -> None:
             raise ValueError(
                 f"{name} must be {accepted!r} under client-level privacy, got {value!r}"
             )
+    score = getattr(strategy, "score", "auto")
+    if score not in ("auto", "debiased"):
+        raise ValueError(
+            f"score {score!r} looks at single updates; under client-level privacy 'auto' and "
+            "'debiased' are accepted"
+        )
 
 
-def energies_above_noise(
-    mean: Mapping[str, Float64s],
-    groups: Mapping[str, str],
-    lr: Mapping[str, float],
-    steps: int,
-    noise_std: float,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """AS-LoRA's debiased scores from a released mean alone.
+class ReleasedEnergies(UpdateEnergies):
+    """AS-LoRA's debiased scores from a released mean alone: no single update is looked at.
 
-    ``(||mean||^2 - numel std^2) / (eta E)^2`` by group: the noise is the server's own, so its
-    energy is known exactly, whatever optimizer the clients use.
+    ``(||mean||^2 - numel std^2) / (eta E)^2`` by group: the noise on the mean is known exactly,
+    whatever optimizer the clients use, and is put on after any filter.
 
     Parameters
     ----------
-    mean : mapping of str to array
-        The released mean change.
     groups : mapping of str to str
         Group of each active factor tensor.
-    lr : mapping of str to float
-        Learning rate of each tensor in the round.
-    steps : int
-        Local steps E.
-    noise_std : float
-        Standard deviation of the noise on each value of the mean.
-
-    Returns
-    -------
-    tuple of dict of str to float
-        Scores, and the noise's expected energy in the same units, by group.
+    mechanism : NodeDraw
+        Knows the noise on each value of the mean.
     """
-    scores: dict[str, float] = defaultdict(float)
-    floors: dict[str, float] = defaultdict(float)
-    for name, group in groups.items():
-        scale = (lr[name] * steps) ** 2
-        floor = mean[name].size * noise_std**2 / scale
-        scores[group] += float(np.vdot(mean[name], mean[name])) / scale - floor
-        floors[group] += floor
-    return dict(scores), dict(floors)
+
+    def __init__(self, groups: Mapping[str, str], mechanism: NodeDraw) -> None:
+        super().__init__(groups)
+        self._mechanism = mechanism
+
+    @property
+    def noise_is_known(self) -> bool:
+        """It is the mechanism's own."""
+        return True
+
+    def add(
+        self, update: Mapping[str, npt.NDArray[np.float32]], weight: float, noise_std: float | None
+    ) -> None:
+        """Refused: single updates must leave no trace but in the sum."""
+        raise RuntimeError("single updates are not looked at under client-level privacy")
+
+    def debiased(
+        self,
+        mean: Mapping[str, Float64s],
+        lr: Mapping[str, float],
+        steps: int,
+        *,
+        low_pass: bool,
+    ) -> dict[str, float]:
+        """Energy of the released mean with its noise taken off, by group."""
+        self._lr = lr
+        return super().debiased(mean, lr, steps, low_pass=low_pass)
+
+    def noise_floors(
+        self, mean: Mapping[str, Float64s], steps: int, *, low_pass: bool
+    ) -> dict[str, float]:
+        """Expected energy of the noise alone, by group, in the units of the scores."""
+        floors: dict[str, float] = defaultdict(float)
+        for name, group in self._groups.items():
+            scale = self._lr[name] * steps
+            floors[group] += mean[name].size * (self._mechanism.noise_std / scale) ** 2
+        return dict(floors)
 
 
-def describe_client_level(mechanism: ClientLevel | None, otherwise: str) -> Sequence[str]:
+def describe_client_level(mechanism: NodeDraw | None, otherwise: str) -> Sequence[str]:
     """Lines of the summary: unit and, under client-level privacy, against whom."""
     if mechanism is None:
         return [f"Unit: {otherwise}"]

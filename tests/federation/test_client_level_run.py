@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from flwr.app import RecordDict
 
 from cli.run import print_result
+from client_app.client_level import _charge_round
 from client_app.round_handler import handle_train
+from federation.messages import ClientFailure
 from federation.settings import Settings, SettingsError
-from privacy import calibrate_noise_multiplier
+from privacy import BudgetExhausted, calibrate_noise_multiplier
 from strategies import read_checkpoint
 from tests.federation.test_resume import PowerCut, killed_in_round, only_folder
 from tests.federation.tiny import changed
@@ -139,4 +142,150 @@ def test_rounds_without_any_client_are_released_too(federate):
 def test_settings_that_look_at_single_clients_are_refused(tiny, changes, words):
     with pytest.raises(SettingsError) as refused:
         Settings.from_run_config(changed(tiny, **{**CLIENT, **changes}))
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+# Distributed noise under secure aggregation.
+
+SECURE = {
+    "privacy__mode": "client-distributed",
+    "privacy__max_update_norm": 0.5,
+    "privacy__registered_clients": 5,
+    "privacy__least_clients": 3,
+    "strategy__weighting": "uniform",
+}
+FIVE = [handle_train] * 5
+
+
+@pytest.mark.parametrize("method", ["la-lora", "as-lora", "fed-svd"])
+def test_a_run_under_secure_aggregation_states_whom_it_guards_against(
+    federate, capsys, caplog, method
+):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        folder, grid = federate(FIVE, **SECURE, strategy__method=method)
+    result, rows = folder.read_result(), list(folder.read_metrics())
+    assert [row["applied"] for row in rows] == [False, True, True]
+    assert result["epsilon"] is None and result["clients"] is None
+    spent = [row["client_epsilon"] for row in rows]
+    assert spent[0] == 0 < spent[1] < spent[2] == result["client_epsilon"] <= 8.0
+    assert result["client_epsilon"] > 0.98 * 8.0
+    print_result(folder, 5)
+    assert "against the server, too" in capsys.readouterr().out
+    assert "run is NOT PRIVATE" not in caplog.text
+    # Four messages a client and round; vectors are masked words, and nothing else leaves.
+    assert len(grid.sent) == 2 * 5 * 4
+    arrays = [r.content["arrays"] for r in grid.received if "arrays" in r.content]
+    assert len(arrays) == 10
+    assert all([a.dtype for a in one.values()] == ["uint32"] for one in arrays)
+
+
+def test_the_sum_that_is_applied_is_that_of_the_clipped_updates(federate, monkeypatch, tmp_path):
+    """Noise and masks as they are; the seeded noise is known, so the rest must be the updates."""
+    import client_app.client_level as client_side
+
+    exact: list[np.ndarray] = []
+    noisy: list[np.ndarray] = []
+    encode = client_side.DistributedMechanism.encode
+
+    def noted(self, update, server_round, client):
+        exact.append(update * min(1.0, 0.5 / np.linalg.norm(update)))
+        words = encode(self, update, server_round, client)
+        noisy.append(words.view(np.int32).astype(np.float64) / self.plan.scale)
+        return words
+
+    monkeypatch.setattr(client_side.DistributedMechanism, "encode", noted)
+    folder, _ = federate(FIVE, **SECURE, privacy__insecure_test_seed=5,
+                         strategy__num_rounds=1, strategy__method="dp-lora")  # fmt: skip
+    saved = read_checkpoint(folder.checkpoint).arrays
+    cold, _ = federate(
+        [handle_train] * 4 + [lambda m, c: None], **SECURE, privacy__insecure_test_seed=5,
+        strategy__num_rounds=1, strategy__method="dp-lora", output_dir=str(tmp_path / "b"),
+        strategy__round_timeout=0.5, strategy__node_timeout=30.0,
+    )  # fmt: skip
+    assert len(noisy) == 9
+    other = read_checkpoint(cold.checkpoint).arrays
+    moved = np.concatenate(
+        [(saved[n].numpy().astype(np.float64) - other[n].numpy()).ravel() for n in sorted(saved)]
+    )
+    np.testing.assert_allclose(moved, noisy[4] / 5, atol=1e-6)
+    assert np.linalg.norm(noisy[4] - exact[4]) > 0.5  # the client's own noise is in it
+
+
+def test_drop_outs_are_recovered_down_to_the_least_number_and_refused_below(federate):
+    def leaves_at(stage: str):
+        def handle(message, context):
+            if message.content["secure-aggregation"]["stage"] == stage:
+                raise RuntimeError("gone")
+            return handle_train(message, context)
+
+        return handle
+
+    some = [leaves_at("mask"), leaves_at("unmask"), *FIVE[:3]]
+    folder, _ = federate(some, **SECURE, strategy__num_rounds=1)
+    assert [row["applied"] for row in folder.read_metrics()] == [False, True]
+    stubborn = [leaves_at("mask")] * 3 + FIVE[:2]
+    with pytest.raises(Exception, match="none of the 1 rounds"):
+        federate(stubborn, **SECURE, strategy__num_rounds=1)
+
+
+def test_a_client_masks_no_more_updates_than_the_noise_is_calibrated_for(federate):
+    """A server that asks for more rounds than the run config has is refused by each client."""
+    contexts = {}
+
+    def remembered(message, context):
+        contexts[context.node_id] = context
+        return handle_train(message, context)
+
+    _, grid = federate([remembered] * 5, **SECURE)
+    for context in contexts.values():
+        assert context.state["client-level-rounds"]["rounds"] == 2
+    for message in [m for m in grid.sent if m.metadata.dst_node_id == 1][-4:-1]:
+        reply = handle_train(message, contexts[1])
+    assert reply.has_error() and reply.error.code == ClientFailure.BUDGET_EXHAUSTED
+    state = RecordDict()
+    for spent in (1, 2):
+        _charge_round(state, 2)
+        assert state["client-level-rounds"]["rounds"] == spent
+    with pytest.raises(BudgetExhausted, match="2 of 2 rounds"):
+        _charge_round(state, 2)
+
+
+def test_a_message_of_secure_aggregation_in_another_run_is_refused(federate):
+    _, grid = federate(FIVE, **SECURE, strategy__num_rounds=1)
+    advertise = grid.sent[0]
+    _, other = federate(**CLIENT, strategy__num_rounds=1)
+    reply = handle_train(advertise, other.contexts[0])
+    assert reply.has_error() and reply.error.code == ClientFailure.PRIVACY
+
+
+def test_a_secure_round_that_was_cut_off_is_counted_twice(federate, runs, tmp_path):
+    def dies(message, context):
+        if message.content["secure-aggregation"]["stage"] == "unmask":
+            seen.append(message)
+            if len(seen) > 5:
+                raise PowerCut
+        return handle_train(message, context)
+
+    seen: list[object] = []
+    with pytest.raises(PowerCut):
+        federate([dies] * 5, **SECURE)
+    resumed, _ = federate(
+        FIVE, **SECURE, resume=str(only_folder(runs).path), output_dir=str(tmp_path / "resumed")
+    )
+    account = read_checkpoint(resumed.checkpoint).state["companions"]["account"]
+    assert account == {"rounds-released": 3}
+    spent = [row["client_epsilon"] for row in resumed.read_metrics()]
+    assert spent[2] > 8.0 > spent[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"wire__dtype": "int8"}, ["wire.dtype", "'float32'", "'int8'"]),
+        ({"privacy__least_clients": 0}, ["privacy.least-clients", "from 2 to"]),
+    ],
+)
+def test_settings_that_do_not_go_with_secure_aggregation_are_refused(tiny, changes, words):
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_run_config(changed(tiny, **{**SECURE, **changes}))
     assert [word for word in words if word not in str(refused.value)] == []

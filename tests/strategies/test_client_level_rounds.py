@@ -11,7 +11,7 @@ from flwr.app import Error, Message
 
 from privacy import ClientLevelMechanism, ClientLevelPlan, clip_update
 from strategies import STRATEGIES, ASLoRA, LALoRA, ReleasedMean, as_lora
-from strategies.client_level import energies_above_noise
+from strategies.client_level import ReleasedEnergies
 from tests.fake_grid import FakeGrid
 from tests.strategies.random_clients import LAYERS, PRODUCTS, Client, begin, bits
 
@@ -191,12 +191,14 @@ def test_scores_from_the_released_mean_are_unbiased():
     groups = dict.fromkeys(truth, "x")
     lr = dict.fromkeys(truth, 0.1)
     values = []
+    plan = dataclasses.replace(PLAN, noise_multiplier=0.7 / 0.5 * 8)  # 0.7 on each value
+    energies = ReleasedEnergies(groups, ClientLevelMechanism(plan))
     for _ in range(4_000):
         noised = {n: v + 0.7 * generator.standard_normal(v.shape) for n, v in truth.items()}
-        scores, floors = energies_above_noise(noised, groups, lr, 5, 0.7)
-        values.append(scores["x"])
+        values.append(energies.debiased(noised, lr, 5, low_pass=False)["x"])
     exact = sum(float(np.vdot(v, v)) for v in truth.values()) / 0.5**2
     assert abs(np.mean(values) - exact) < 4 * np.std(values) / np.sqrt(4_000)
+    floors = energies.noise_floors(noised, 5, low_pass=False)
     assert floors["x"] == pytest.approx(18 * 0.49 / 0.25)
 
 
