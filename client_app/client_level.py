@@ -1,4 +1,4 @@
-"""What a client does where a whole client is the unit of protection."""
+"""What a client does where only a noised sum over clients is ever used."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from torch import Tensor, nn
 
 from federation.settings import Settings
-from privacy import BudgetExhausted, DistributedMechanism, DistributedPlan, clip_update
-from privacy.client_settings import CLIENT_MODES, SECURE_MODES
+from privacy import (
+    BudgetExhausted,
+    DistributedMechanism,
+    DistributedPlan,
+    PrivateGradient,
+    clip_update,
+)
+from privacy.client_settings import CLIENT_MODES, SECURE_MODES, SUM_MODES
 from strategies import (
     SECURE_KEY,
     WIRE_KEY,
+    GradientEnergies,
     MaskLimits,
     ProtocolError,
     RoundPlan,
@@ -21,6 +29,9 @@ from strategies import (
     masked_records,
     update_records,
 )
+
+from .local_training import step_kind, train_round
+from .trace import MessageTrace
 
 Update = Mapping[str, npt.NDArray[np.float32]]
 _ROUNDS_STATE = "client-level-rounds"
@@ -47,9 +58,41 @@ def unit_statement(settings: Settings) -> ConfigRecord | None:
 
     Nothing of it depends on the client's data: it adds no noise and promises none.
     """
-    if settings.privacy.mode not in CLIENT_MODES:
-        return None
-    return ConfigRecord({"unit": "client", "max-update-norm": settings.privacy.max_update_norm})
+    privacy = settings.privacy
+    if privacy.mode in CLIENT_MODES:
+        return ConfigRecord({"unit": "client", "max-update-norm": privacy.max_update_norm})
+    if privacy.mode in SUM_MODES:
+        return ConfigRecord({"unit": "record", "max-grad-norm": privacy.max_grad_norm})
+    return None
+
+
+def train_in_mode(
+    settings: Settings,
+    plan: RoundPlan,
+    adapter: Mapping[str, nn.Parameter],
+    gradient: PrivateGradient,
+    energies: GradientEnergies | None,
+    trace: MessageTrace,
+) -> dict[str, Tensor]:
+    """What a round's training gives: the change of the adapter, or a sum of clipped gradients.
+
+    With noise in shares there is one step a round, which the server takes: a second local step
+    would use a sum that only a share of the noise protects.
+
+    Raises
+    ------
+    ProtocolError
+        If the round plan asks for more than the one step.
+    """
+    if settings.privacy.mode != "record-distributed":
+        return train_round(plan, adapter, gradient, energies, trace)
+    if plan.local_steps != 1 or plan.optimizer != "sgd" or plan.low_pass:
+        raise ProtocolError("a round of privacy.mode = 'record-distributed' is one step of SGD")
+    active = plan.active(1, adapter)
+    with trace.span("steps"):
+        means = gradient.step(active, step_kind(active))  # the privacy plan's noise is none
+    return {name: value.cpu().double() * gradient.plan.expected_batch_size
+            for name, value in means.items()}  # fmt: skip
 
 
 def outgoing_records(
@@ -80,7 +123,7 @@ def outgoing_records(
     ProtocolError
         If the message is not of an honest run.
     """
-    if settings.privacy.mode not in CLIENT_MODES:
+    if settings.privacy.mode not in SUM_MODES:
         return {**update_records(message, context.state, update, rounding)}
     if settings.privacy.mode not in SECURE_MODES:
         clipped = clip_update(update, settings.privacy.max_update_norm)

@@ -1,10 +1,10 @@
-"""What other rooms' settings must be where a whole client is the unit of protection."""
+"""What other rooms' settings must be where only noised sums over clients are used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from privacy.client_settings import CLIENT_MODES, SECURE_MODES
+from privacy.client_settings import SECURE_MODES, SUM_MODES
 from strategies.settings import PRODUCT_METHODS
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _WHY = {
 }
 
 
-def check_client_mode(settings: Settings) -> None:
+def check_sum_mode(settings: Settings) -> None:
     """Refuse settings that look at single clients, or weigh them differently.
 
     Raises
@@ -27,7 +27,7 @@ def check_client_mode(settings: Settings) -> None:
         Naming the key, what it got and what it takes.
     """
     mode, strategy = settings.privacy.mode, settings.strategy
-    if mode not in CLIENT_MODES:
+    if mode not in SUM_MODES:
         return
     for name, accepted in _NEUTRAL.items():
         if (value := getattr(strategy, name)) != accepted:
@@ -56,3 +56,14 @@ def check_client_mode(settings: Settings) -> None:
             f"wire.dtype must be 'float32' with privacy.mode = {mode!r}, got "
             f"{settings.wire.dtype!r}: masked values are whole numbers of 32 bits"
         )
+    if mode == "record-distributed":
+        if strategy.local_steps != 1:
+            raise ValueError(
+                f"strategy.local-steps must be 1 with privacy.mode = {mode!r}, got "
+                f"{strategy.local_steps}: a share of the noise does not protect a second step"
+            )
+        if strategy.optimizer != "sgd":
+            raise ValueError(
+                f"strategy.optimizer must be 'sgd' with privacy.mode = {mode!r}, got "
+                f"{strategy.optimizer!r}: the server steps by the noised mean gradient"
+            )

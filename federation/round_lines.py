@@ -34,7 +34,7 @@ def describe_privacy(result: Mapping[str, Any]) -> str:
         return text
     unit = "for each client as a whole" if of_clients else "for each record"
     text += f" at delta {result['delta']:g}, {unit}, over all rounds"
-    return text + (f"; against {result['guards_against']}" if of_clients else "")
+    return text + (f"; against {result['guards_against']}" if "guards_against" in result else "")
 
 
 def round_line(row: Mapping[str, Any], rounds: int) -> str:

@@ -11,7 +11,7 @@ from privacy.settings import PrivacySettings
 from strategies.settings import StrategySettings, WireSettings
 from task.settings import DataSettings, LoRASettings, ModelSettings
 
-from .client_rules import check_client_mode
+from .client_rules import check_sum_mode
 
 Value = str | int | float | bool
 
@@ -106,8 +106,8 @@ class Settings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _clients_unit(self) -> Self:
-        check_client_mode(self)
+    def _only_sums(self) -> Self:
+        check_sum_mode(self)
         return self
 
     @property

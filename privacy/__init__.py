@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .client_level import ClientLevelMechanism, ClientLevelPlan, clip_update
     from .clipping import clip_and_sum, joint_norms
     from .discrete_gaussian import sample_discrete_gaussian
-    from .distributed_noise import DistributedMechanism, DistributedPlan, zcdp_epsilon
+    from .distributed_noise import DistributedMechanism, DistributedPlan
     from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
     from .sampling import PoissonSampler
     from .settings import PrivacySettings
+    from .zcdp import composed_epsilon, sampled_rdp, zcdp_epsilon
 
 _HOMES = {
     "AccountingError": "accounting",
@@ -64,6 +65,7 @@ _HOMES = {
     "clip_update": "client_level",
     "clipped_sum_by_autograd": "autograd_reference",
     "coins": "randomness",
+    "composed_epsilon": "zcdp",
     "cross_check": "accounting",
     "joint_norms": "clipping",
     "make_engine": "engines",
@@ -73,8 +75,9 @@ _HOMES = {
     "prv_epsilon": "accounting",
     "rdp_epsilon": "accounting",
     "sample_discrete_gaussian": "discrete_gaussian",
+    "sampled_rdp": "zcdp",
     "standard_normal": "randomness",
-    "zcdp_epsilon": "distributed_noise",
+    "zcdp_epsilon": "zcdp",
 }
 
 __all__ = [
@@ -105,6 +108,7 @@ __all__ = [
     "clip_update",
     "clipped_sum_by_autograd",
     "coins",
+    "composed_epsilon",
     "cross_check",
     "joint_norms",
     "make_engine",
@@ -114,6 +118,7 @@ __all__ = [
     "prv_epsilon",
     "rdp_epsilon",
     "sample_discrete_gaussian",
+    "sampled_rdp",
     "standard_normal",
     "zcdp_epsilon",
 ]

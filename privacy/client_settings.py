@@ -1,4 +1,4 @@
-"""Which ``privacy.*`` keys belong to modes whose unit of protection is a client."""
+"""Which ``privacy.*`` keys belong to modes in which only sums over clients are used."""
 
 from __future__ import annotations
 
@@ -10,73 +10,64 @@ if TYPE_CHECKING:
 CLIENT_MODES = ("client", "client-distributed")
 """Modes whose unit is a whole client; elsewhere it is a record, or nothing is protected."""
 
-SECURE_MODES = ("client-distributed",)
-"""Modes in which clients put on the noise and the server sees sums only."""
+SECURE_MODES = ("client-distributed", "record-distributed")
+"""Modes in which each client puts on a share of the noise and the server sees sums only."""
 
-# What each key is where it has no meaning.
-_NEUTRAL = {
-    "max_update_norm": 0.0,
-    "registered_clients": 0,
-    "client_sample_rate": 1.0,
-    "participation": "public",
-    "least_clients": 0,
-    "colluding_clients": 0,
+SUM_MODES = ("client", *SECURE_MODES)
+"""Modes in which nothing but a round's noised sum is used."""
+
+# Modes that each key belongs to, and what it is in all others.
+_KEYS: dict[str, tuple[tuple[str, ...], object]] = {
+    "max_update_norm": (CLIENT_MODES, 0.0),
+    "registered_clients": (SUM_MODES, 0),
+    "client_sample_rate": (SUM_MODES, 1.0),
+    "participation": (("client",), "public"),
+    "least_clients": (SECURE_MODES, 0),
+    "colluding_clients": (SECURE_MODES, 0),
+    "registered_records": (("record-distributed",), 0),
 }
-_OF_SECURE = ("least_clients", "colluding_clients")
 
 
-def check_client_settings(settings: PrivacySettings) -> None:
-    """Refuse keys of the clients' unit in another mode, and such a mode without them.
+def check_sum_settings(settings: PrivacySettings) -> None:
+    """Refuse keys in a mode to which they do not belong, and a mode without its keys.
 
     Raises
     ------
     ValueError
         Naming the key, what it got and what it takes.
     """
-    if settings.mode not in CLIENT_MODES:
-        for name, neutral in _NEUTRAL.items():
-            owner = "client-distributed" if name in _OF_SECURE else "client"
-            if (value := getattr(settings, name)) != neutral:
-                raise ValueError(
-                    f"privacy.{name.replace('_', '-')} belongs to privacy.mode = {owner!r}, got "
-                    f"{value!r}: accepted with mode {settings.mode!r} is {neutral!r}"
-                )
-        return
-    for name in ("max_update_norm", "registered_clients"):
-        if not getattr(settings, name):
+    for name, (modes, neutral) in _KEYS.items():
+        value = getattr(settings, name)
+        if settings.mode not in modes and value != neutral:
             raise ValueError(
-                f"privacy.{name.replace('_', '-')} must be above 0 with privacy.mode = "
-                f"{settings.mode!r}, got {getattr(settings, name)!r}"
+                f"privacy.{_kebab(name)} belongs to privacy.mode = {' or '.join(map(repr, modes))}"
+                f", got {value!r}: accepted with mode {settings.mode!r} is {neutral!r}"
             )
+        if settings.mode in modes and neutral == 0 and not value and name != "colluding_clients":
+            raise ValueError(
+                f"privacy.{_kebab(name)} must be above 0 with privacy.mode = {settings.mode!r}, "
+                f"got {value!r}"
+            )
+    if settings.mode not in SUM_MODES:
+        return
     for name in ("max_grad_norm_a", "max_grad_norm_b"):
         if value := getattr(settings, name):
             raise ValueError(
-                f"privacy.{name.replace('_', '-')} clips records, which privacy.mode = "
-                f"{settings.mode!r} does not do, got {value:g}: accepted is 0; updates are clipped "
-                "to privacy.max-update-norm"
+                f"privacy.{_kebab(name)} must be 0 with privacy.mode = {settings.mode!r}, which "
+                f"has one clip norm for all rounds, got {value:g}"
             )
-    if settings.target_delta >= 1 / settings.registered_clients:
+    units = "registered_clients" if settings.mode in CLIENT_MODES else "registered_records"
+    if settings.target_delta >= 1 / getattr(settings, units):
         raise ValueError(
-            "privacy.target-delta must be below 1 / privacy.registered-clients = "
-            f"{1 / settings.registered_clients:.2e} with privacy.mode = {settings.mode!r}, got "
+            f"privacy.target-delta must be below 1 / privacy.{_kebab(units)} = "
+            f"{1 / getattr(settings, units):.2e} with privacy.mode = {settings.mode!r}, got "
             f"{settings.target_delta:g}"
         )
     if settings.mode in SECURE_MODES:
         _check_secure(settings)
-    elif settings.least_clients or settings.colluding_clients:
-        raise ValueError(
-            "privacy.least-clients and privacy.colluding-clients belong to privacy.mode = "
-            f"'client-distributed', got {settings.least_clients} and "
-            f"{settings.colluding_clients} with mode {settings.mode!r}: accepted is 0"
-        )
 
 
 def _check_secure(settings: PrivacySettings) -> None:
-    if settings.participation != "public":
-        raise ValueError(
-            "privacy.participation must be 'public' with privacy.mode = "
-            f"{settings.mode!r}, got {settings.participation!r}: the server sees who takes part"
-        )
     if not 2 <= settings.least_clients <= settings.registered_clients:
         raise ValueError(
             "privacy.least-clients must be from 2 to privacy.registered-clients = "
@@ -89,3 +80,12 @@ def _check_secure(settings: PrivacySettings) -> None:
             f"{settings.least_clients}, got {settings.colluding_clients}: somebody's noise must "
             "stay secret"
         )
+    if settings.mode == "record-distributed" and settings.expected_batch_size:
+        raise ValueError(
+            "privacy.expected-batch-size must be 0 with privacy.mode = 'record-distributed', got "
+            f"{settings.expected_batch_size}: all clients sample at one privacy.sample-rate"
+        )
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from .client_settings import check_client_settings
+from .client_settings import check_sum_settings
 
 
 def _kebab(name: str) -> str:
@@ -24,11 +24,13 @@ class PrivacySettings(BaseModel):
         frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
     )
 
-    mode: Literal["record", "client", "client-distributed", "none"] = Field(
+    mode: Literal["record", "client", "client-distributed", "record-distributed", "none"] = Field(
         default="record",
         description="Unit of protection. record: one record of one client, noised at the client; "
         "client: a whole client, noised by a server that is trusted; client-distributed: a whole "
-        "client, noised by the clients under secure aggregation; none: no privacy at all.",
+        "client, noised by the clients under secure aggregation; record-distributed: one record, "
+        "noised by all clients together under secure aggregation, one step a round; none: no "
+        "privacy at all.",
     )
     target_epsilon: float = Field(
         default=8.0,
@@ -93,15 +95,17 @@ class PrivacySettings(BaseModel):
     registered_clients: int = Field(
         default=0,
         ge=0,
-        description="client modes: public number of clients that may take part; with "
-        "client-sample-rate it makes the constant by which sums are divided.  0 elsewhere.",
+        description="client and distributed modes: public number of clients that may take part; "
+        "with client-sample-rate it makes the constant by which sums of updates are divided.  "
+        "0 elsewhere.",
     )
     client_sample_rate: float = Field(
         default=1.0,
         gt=0,
         le=1,
-        description="client modes: probability with which the server asks each client in a round, "
-        "independently (Poisson sampling, in place of strategy.fraction-train).  1 elsewhere.",
+        description="client and distributed modes: probability with which the server asks each "
+        "client in a round, independently (Poisson sampling, in place of "
+        "strategy.fraction-train).  1 elsewhere.",
     )
     participation: Literal["public", "secret"] = Field(
         default="public",
@@ -112,19 +116,26 @@ class PrivacySettings(BaseModel):
     least_clients: int = Field(
         default=0,
         ge=0,
-        description="client-distributed: fewest clients whose sum is ever unmasked; the noise is "
+        description="distributed modes: fewest clients whose sum is ever unmasked; the noise is "
         "calibrated for so many shares.  0 elsewhere.",
     )
     colluding_clients: int = Field(
         default=0,
         ge=0,
-        description="client-distributed: how many clients may tell the server their noise without "
+        description="distributed modes: how many clients may tell the server their noise without "
         "harm to the others' guarantee; below least-clients.",
     )
 
+    registered_records: int = Field(
+        default=0,
+        ge=0,
+        description="record-distributed: public number of records of all clients together; with "
+        "the rates it makes the constant by which sums of gradients are divided.  0 elsewhere.",
+    )
+
     @model_validator(mode="after")
-    def _clients_unit(self) -> Self:
-        check_client_settings(self)
+    def _keys_of_the_mode(self) -> Self:
+        check_sum_settings(self)
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The account of a run whose unit of protection is a whole client."""
+"""The account of a run in which only noised sums over clients are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from privacy import (
     DistributedMechanism,
     DistributedPlan,
 )
-from privacy.client_settings import CLIENT_MODES, SECURE_MODES
+from privacy.client_settings import CLIENT_MODES, SECURE_MODES, SUM_MODES
 from strategies import SecureAggregation
 
 from .privacy_tracker import PrivacyTracker
@@ -56,16 +56,22 @@ class ClientAccount:
         """Clients state no noise here."""
 
     def largest_epsilon(self) -> float:
-        """No record-level epsilon is claimed, against the server least of all."""
+        """None is claimed before :meth:`in_its_unit` has said of what and against whom."""
         return math.inf
 
     def in_its_unit(self, row: dict[str, Any]) -> dict[str, Any]:
-        """A round's line with the clients' epsilon, and without what tells who answered."""
-        epsilon = self.mechanism.epsilon()
+        """A round's line with the epsilon of its unit.
+
+        Where clients are the unit, it is without what tells who answered.
+        """
+        spent = self.mechanism.epsilon()
+        epsilon = spent if math.isfinite(spent) else None
         hears = self.mechanism.guards_against
+        if isinstance(self.mechanism, DistributedMechanism) and self.mechanism.of_gradients:
+            return {**row, "epsilon": epsilon, "guards_against": hears}  # records are the unit
         return {
             **{key: None if key in _HIDDEN else value for key, value in row.items()},
-            "client_epsilon": epsilon if math.isfinite(epsilon) else None,
+            "client_epsilon": epsilon,
             "guards_against": hears,
         }
 
@@ -97,7 +103,7 @@ def make_account(settings: Settings, values: int) -> PrivacyTracker | ClientAcco
     AccountingError
         If no noise meets the budget.
     """
-    if settings.privacy.mode not in CLIENT_MODES:
+    if settings.privacy.mode not in SUM_MODES:
         return PrivacyTracker(
             settings.privacy.target_delta,
             settings.total_steps,
@@ -111,14 +117,15 @@ def make_account(settings: Settings, values: int) -> PrivacyTracker | ClientAcco
     return ClientAccount(ClientLevelMechanism(plan, insecure_test_seed=seed))
 
 
-def client_guarantee(settings: Settings) -> str | None:
-    """What the summary says of the run where clients are the unit; ``None`` elsewhere."""
+def sum_guarantee(settings: Settings) -> str | None:
+    """What the summary says of the run where only sums are used; ``None`` elsewhere."""
     privacy = settings.privacy
-    if privacy.mode not in CLIENT_MODES or privacy.insecure_test_seed >= 0:
+    if privacy.mode not in SUM_MODES or privacy.insecure_test_seed >= 0:
         return None
     if settings.resume:
-        return "what the earlier run spent and this one adds: each round's client-level epsilon"
+        return "what the earlier run spent and this one adds: the epsilon of each round's line"
+    level = "CLIENT" if privacy.mode in CLIENT_MODES else "RECORD"
     return (
-        f"CLIENT-level epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} at "
+        f"{level}-level epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g} at "
         "most, over all rounds"
     )

@@ -18,7 +18,7 @@ from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
 from task.data import load_test_records, num_labels
 from task.model import build_task_model
 
-from .client_account import ClientAccount, client_guarantee, make_account
+from .client_account import ClientAccount, make_account, sum_guarantee
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_tracker import PrivacyTracker
@@ -41,7 +41,7 @@ def make_strategy(settings: Settings, tracker: PrivacyTracker | ClientAccount) -
         update_bound=PlannedBound(settings) if bounded else None,
         # Seeded test noise is there to be repeated: then sums shall have the same bits too.
         in_order=settings.privacy.insecure_test_seed >= 0,
-        privacy=client_guarantee(settings) or _guarantee(settings),
+        privacy=sum_guarantee(settings) or _guarantee(settings),
         client_level=tracker.level if isinstance(tracker, ClientAccount) else None,
         on_reply=tracker.observe,
     )

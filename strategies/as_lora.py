@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.common import log
 
 from .base import LoRAStrategy, Update
-from .client_level import ReleasedEnergies
+from .client_level import energies_of
 from .client_scores import ClientScores
 from .round_plan import Mode, RoundPlan
 from .score_report import describe_round
@@ -140,9 +140,7 @@ class ASLoRA(LoRAStrategy):
         active = [name for name in plan.uploaded(self._adapter) if kind_of(name) != "head"]
         self._active = {name: group_of(name, self.granularity) for name in active}
         self._round = plan
-        self._energies = UpdateEnergies(self._active)
-        if self.client_level is not None:
-            self._energies = ReleasedEnergies(self._active, self.client_level)
+        self._energies = energies_of(self._active, self.client_level)
         self._stated = ClientScores(self._energies.groups) if self.score == "client" else None
 
     def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
@@ -201,9 +199,7 @@ class ASLoRA(LoRAStrategy):
     def _source(self, energies: UpdateEnergies) -> ScoreSource:
         if self.score == "client":
             return "client"
-        if self.client_level is not None:
-            return "debiased"
-        if self.score == "pairwise" or self.optimizer != "sgd":
+        if self.client_level is None and (self.score == "pairwise" or self.optimizer != "sgd"):
             return "pairwise"
         if energies.noise_is_known:
             return "debiased"

@@ -178,7 +178,7 @@ class LoRAStrategy(Strategy):
                 f"'public-counts' asks for, got {weighting!r}; give it expected_batch_size"
             )
         if client_level is not None:
-            check_client_level(self)
+            check_client_level(self, one_step=getattr(client_level, "of_gradients", False))
         relative_error(wire_dtype)  # refuses what is no wire dtype
         self.plan(1)  # refuses numbers that no round could have, before anything starts
 
@@ -489,7 +489,8 @@ class LoRAStrategy(Strategy):
         if self.client_level is not None:
             shapes = {name: self._adapter[name].shape for name in plan.uploaded(self._adapter)}
             if isinstance(self.client_level, SecureAggregation):
-                return SecureMean(self.client_level, shapes)
+                rates = {name: plan.learning_rate(name) for name in shapes}
+                return SecureMean(self.client_level, shapes, rates)
             return ReleasedMean(self.client_level, plan.server_round, shapes)
         return TrimmedMean(self.trim, asked) if self.trim else WeightedMean()
 

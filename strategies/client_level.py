@@ -124,8 +124,15 @@ def poisson_nodes(
     return [node for node, drawn in zip(connected, asked, strict=True) if drawn]
 
 
-def check_client_level(strategy: LoRAStrategy) -> None:
+def check_client_level(strategy: LoRAStrategy, *, one_step: bool = False) -> None:
     """Refuse what needs single updates, or weights that differ.
+
+    Parameters
+    ----------
+    strategy : LoRAStrategy
+        What is checked.
+    one_step : bool (default: False)
+        Whether sums are of gradients: then a round is one step of SGD, which the server takes.
 
     Raises
     ------
@@ -144,6 +151,8 @@ def check_client_level(strategy: LoRAStrategy) -> None:
         "fraction_train": 1.0,
         "low_pass": False,  # before the noise it only bends the update
     }
+    if one_step:
+        wanted |= {"local_steps": 1, "optimizer": "sgd"}
     for name, accepted in wanted.items():
         if (value := getattr(strategy, name)) != accepted:
             raise ValueError(
@@ -204,9 +213,16 @@ class ReleasedEnergies(UpdateEnergies):
         """Expected energy of the noise alone, by group, in the units of the scores."""
         floors: dict[str, float] = defaultdict(float)
         for name, group in self._groups.items():
-            scale = self._lr[name] * steps
+            # The noise of a mean gradient is in the scores' units already.
+            of_gradients = getattr(self._mechanism, "of_gradients", False)
+            scale = 1.0 if of_gradients else self._lr[name] * steps
             floors[group] += mean[name].size * (self._mechanism.noise_std / scale) ** 2
         return dict(floors)
+
+
+def energies_of(groups: Mapping[str, str], mechanism: NodeDraw | None) -> UpdateEnergies:
+    """What AS-LoRA learns from in a round: all updates, or their released mean alone."""
+    return UpdateEnergies(groups) if mechanism is None else ReleasedEnergies(groups, mechanism)
 
 
 def describe_client_level(mechanism: NodeDraw | None, otherwise: str) -> Sequence[str]:

@@ -56,6 +56,11 @@ class ModularMechanism(Protocol):
         ...
 
     @property
+    def of_gradients(self) -> bool:
+        """Whether sums are of gradients, which the server steps by, and not of changes."""
+        ...
+
+    @property
     def secure(self) -> bool:
         """Whether nobody can reproduce the noise."""
         ...
@@ -117,6 +122,11 @@ class SecureAggregation:
     def secure(self) -> bool:
         """Whether nobody can reproduce the noise."""
         return self.mechanism.secure
+
+    @property
+    def of_gradients(self) -> bool:
+        """Whether the noise stands in units of gradients and not of changes."""
+        return self.mechanism.of_gradients
 
     @property
     def noise_std(self) -> float:
@@ -293,10 +303,23 @@ class SecureAggregation:
 
 
 class SecureMean:
-    """Stands where a strategy's running mean does; values come out after unmasking only."""
+    """Stands where a strategy's running mean does; values come out after unmasking only.
 
-    def __init__(self, secure: SecureAggregation, shapes: Shapes) -> None:
+    Parameters
+    ----------
+    secure : SecureAggregation
+        The round's sum.
+    shapes : mapping of str to tuple of int
+        All tensors that the round trains.
+    rates : mapping of str to float
+        Learning rate of each, for sums of gradients: the change is one step of SGD by the mean.
+    """
+
+    def __init__(
+        self, secure: SecureAggregation, shapes: Shapes, rates: Mapping[str, float]
+    ) -> None:
         self.count = 0
+        self._rates = rates if secure.mechanism.of_gradients else {}
         self._secure = secure
         self._shapes = dict(shapes)
         self._mean: dict[str, Float64s] = {}
@@ -315,6 +338,8 @@ class SecureMean:
         parts = np.split(values, np.cumsum(sizes, dtype=int))
         names = sorted(self._shapes)
         self._mean = {n: p.reshape(self._shapes[n]) for n, p in zip(names, parts, strict=False)}
+        for name, rate in self._rates.items():
+            self._mean[name] = -rate * self._mean[name]
         return True
 
     def mean(self) -> dict[str, Float64s]:

@@ -282,10 +282,114 @@ def test_a_secure_round_that_was_cut_off_is_counted_twice(federate, runs, tmp_pa
     ("changes", "words"),
     [
         ({"wire__dtype": "int8"}, ["wire.dtype", "'float32'", "'int8'"]),
-        ({"privacy__least_clients": 0}, ["privacy.least-clients", "from 2 to"]),
+        ({"privacy__least_clients": 1}, ["privacy.least-clients", "from 2 to"]),
     ],
 )
 def test_settings_that_do_not_go_with_secure_aggregation_are_refused(tiny, changes, words):
     with pytest.raises(SettingsError) as refused:
         Settings.from_run_config(changed(tiny, **{**SECURE, **changes}))
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+# One record's noise in shares.
+
+SHARED = {
+    "privacy__mode": "record-distributed",
+    "privacy__registered_clients": 5,
+    "privacy__least_clients": 3,
+    "privacy__colluding_clients": 1,
+    "privacy__registered_records": 180,
+    "privacy__max_grad_norm": 0.8,
+    "strategy__weighting": "uniform",
+    "strategy__local_steps": 1,
+    "strategy__method": "dp-lora",
+}
+
+
+@pytest.mark.parametrize("method", ["dp-lora", "as-lora", "ro-lora"])
+def test_a_run_with_noise_in_shares_states_the_records_epsilon_and_whom_it_guards_against(
+    federate, capsys, caplog, method
+):
+    with caplog.at_level(logging.INFO, logger="flwr"):
+        folder, grid = federate(FIVE, **{**SHARED, "strategy__method": method})
+    result, rows = folder.read_result(), list(folder.read_metrics())
+    assert [row["applied"] for row in rows] == [False, True, True]
+    assert "client_epsilon" not in result
+    assert 0.98 * 8 < result["epsilon"] <= 8.0
+    assert rows[0]["epsilon"] == 0 < rows[1]["epsilon"] < rows[2]["epsilon"] == result["epsilon"]
+    print_result(folder, 5)
+    said = capsys.readouterr().out
+    assert "for each record" in said and "as long as it keeps to the protocol" in said
+    assert "RECORD-level epsilon 8" in caplog.text and "run is NOT PRIVATE" not in caplog.text
+    for reply in grid.received:
+        assert set(reply.content) <= {"arrays", "wire", "metrics", "privacy", "secure-aggregation"}
+        assert not dict(reply.content.get("metrics", {}))
+        said = dict(reply.content.get("privacy", {}))
+        assert said in ({}, {"unit": "record", "max-grad-norm": 0.8})
+
+
+def test_the_server_steps_by_the_noised_sum_of_the_clients_clipped_gradients(federate, monkeypatch):
+    import client_app.client_level as client_side
+
+    sums, noisy = [], []
+    encode = client_side.DistributedMechanism.encode
+
+    def noted(self, vector, server_round, client):
+        sums.append(vector)
+        words = encode(self, vector, server_round, client)
+        noisy.append(words.view(np.int32).astype(np.float64) / self.plan.scale)
+        return words
+
+    monkeypatch.setattr(client_side.DistributedMechanism, "encode", noted)
+    folder, grid = federate(
+        FIVE, **SHARED, strategy__num_rounds=1, strategy__lr_a=0.5, strategy__lr_b=0.25,
+        strategy__lr_head=2.0,
+    )  # fmt: skip
+    start = next(m.content["arrays"] for m in grid.sent if "arrays" in m.content)
+    end = read_checkpoint(folder.checkpoint).arrays
+    total = -sum(noisy) / (0.3 * 180)
+    rates = {"lora_A": 0.5, "lora_B": 0.25}
+    place = 0
+    for name in sorted(end):
+        rate = next((rate for key, rate in rates.items() if key in name), 2.0)
+        before, after = start[name].numpy().astype(np.float64), end[name].numpy()
+        expected = rate * total[place : place + before.size].reshape(before.shape)
+        np.testing.assert_allclose(after - before, expected, atol=2e-5)
+        place += before.size
+    assert place == total.size
+    # Batches are of about 0.3 x 36 records, each clipped to 0.8; the noise is of the plan's size.
+    assert all(0.1 < np.linalg.norm(one) < 0.8 * 36 for one in sums)
+    noise = np.concatenate([one - two for one, two in zip(noisy, sums, strict=True)])
+    plan = client_side.DistributedPlan.for_run(
+        Settings.from_run_config(grid.contexts[0].run_config).privacy,
+        rounds=1,
+        values=total.size,
+    )
+    assert noise.std() == pytest.approx(plan.sigma / plan.scale, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"strategy__local_steps": 2}, ["strategy.local-steps", "must be 1", "got 2"]),
+        ({"strategy__optimizer": "adamw"}, ["strategy.optimizer", "'sgd'", "'adamw'"]),
+        ({"strategy__method": "flora"}, ["strategy.method", "'flora'"]),
+        ({"strategy__weighting": "public-counts"}, ["strategy.weighting", "'uniform'"]),
+    ],
+)
+def test_more_than_one_step_or_single_updates_are_refused_with_noise_in_shares(
+    tiny, changes, words
+):
+    with pytest.raises(SettingsError) as refused:
+        Settings.from_run_config(changed(tiny, **{**SHARED, **changes}))
+    assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_a_client_takes_no_second_step_whatever_the_round_plan_says(federate):
+    _, grid = federate(FIVE, **SHARED)
+    message = next(m for m in grid.sent if "round-plan" in m.content)
+    message.content["round-plan"]["local-steps"] = 2
+    context = grid.contexts[0]
+    del context.state["budget"]
+    reply = handle_train(message, context)
+    assert reply.has_error() and reply.error.code == ClientFailure.PRIVACY

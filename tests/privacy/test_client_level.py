@@ -155,7 +155,7 @@ def test_one_client_moves_the_released_mean_by_its_clip_norm_at_most():
         ({"mode": "record"}, ["privacy.max-update-norm", "'client'", "accepted"]),
         ({"max_update_norm": 0.0}, ["privacy.max-update-norm", "above 0"]),
         ({"registered_clients": 0}, ["privacy.registered-clients", "above 0"]),
-        ({"max_grad_norm_a": 1.0}, ["privacy.max-grad-norm-a", "accepted is 0"]),
+        ({"max_grad_norm_a": 1.0}, ["privacy.max-grad-norm-a must be 0", "got 1"]),
         ({"target_delta": 0.02}, ["privacy.target-delta", "1.00e-02", "0.02"]),
         ({"client_sample_rate": 0.0}, ["client_sample_rate", "greater than 0"]),
         ({"participation": "hidden"}, ["participation", "'secret'"]),

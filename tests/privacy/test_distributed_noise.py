@@ -25,9 +25,13 @@ from privacy import (
 )
 
 PLAN = DistributedPlan(
-    max_update_norm=0.5,
+    unit="client",
+    clip_norm=0.5,
     values=1000,
-    sample_rate=0.5,
+    sample_rate=1.0,
+    client_rate=0.5,
+    denominator=10.0,
+    contributions=20.0,
     registered_clients=20,
     least_clients=8,
     colluding_clients=3,
@@ -57,14 +61,14 @@ def test_a_rounded_update_is_never_longer_than_the_sensitivity(update, scale, se
     length = math.sqrt(sum(int(v) ** 2 for v in rounded))
     assert length <= plan.sensitivity
     norm = np.linalg.norm(update)
-    exact = update * scale * min(1.0, plan.max_update_norm / norm if norm else 1.0)
+    exact = update * scale * min(1.0, plan.clip_norm / norm if norm else 1.0)
     assert np.abs(rounded - exact).max() < 1 + 1e-6
 
 
 def test_rounding_is_unbiased():
     """40,000 roundings of each value; within 4.5 standard errors (fixed seed)."""
     update = np.array([0.1, -0.1, 1 / 3, 0.25, -0.49, 0.0])
-    plan = dataclasses.replace(PLAN, scale=1.0, max_update_norm=2.0, values=6)
+    plan = dataclasses.replace(PLAN, scale=1.0, clip_norm=2.0, values=6)
     mechanism, source = DistributedMechanism(plan), SeededTestSource((1,))
     draws = np.array([mechanism.rounded(update, source) for _ in range(40_000)])
     error = np.abs(draws.mean(axis=0) - update)
@@ -109,14 +113,14 @@ def test_sums_modulo_two_to_the_32_are_exact(vectors):
     total = np.zeros(7, np.uint32)
     for one in words:
         total = total + one
-    plan = dataclasses.replace(PLAN, scale=1.0, sample_rate=1.0, registered_clients=20)
+    plan = dataclasses.replace(PLAN, scale=1.0, denominator=20.0)
     mean = DistributedMechanism(plan).decode(total, len(vectors))
     assert np.array_equal(np.rint(mean * 20).astype(np.int64), sum(vectors, np.zeros(7, np.int64)))
 
 
 def test_the_bound_on_wrapping_holds_and_refuses_what_does_not_fit():
     assert PLAN.wrap_exponent > 40 * math.log(2)
-    for changes in ({"scale": 2.0**28}, {"sigma": 2**29}, {"registered_clients": 2**20}):
+    for changes in ({"scale": 2.0**28}, {"sigma": 2**29}, {"contributions": 2.0**20}):
         with pytest.raises(ValueError, match="do not fit into 32 bits"):
             dataclasses.replace(PLAN, **changes)
     # The tail that is used, against the real one, four deviations out.
@@ -147,14 +151,14 @@ def test_the_bound_is_above_the_exact_loss_of_one_discrete_gaussian_and_near_it(
 def test_the_cost_is_that_of_the_continuous_gaussian_at_fine_units():
     plan = dataclasses.replace(PLAN, values=1)
     ratio = plan.sensitivity / (math.sqrt(5) * 40_000)
-    assert plan.rho() == pytest.approx(10 * ratio**2 / 2, rel=1e-9)
+    assert plan.ratio == pytest.approx(ratio, rel=1e-9)
 
 
 def test_coarse_shares_pay_for_not_adding_up_to_a_discrete_gaussian():
     coarse = dataclasses.replace(PLAN, sigma=1, scale=1.0, values=100, target_delta=1e-5)
     tau = 10 * sum(math.exp(-2 * math.pi**2 * k / (k + 1)) for k in range(1, 5))
-    exact = (coarse.sensitivity / math.sqrt(5) + tau * 10) ** 2 / 2 * 10
-    assert exact < coarse.rho() < 1.1 * exact
+    exact = coarse.sensitivity / math.sqrt(5) + tau * 10
+    assert exact < coarse.ratio < 1.05 * exact
 
 
 @pytest.mark.parametrize("values", [100, 60_000, 3_000_000])
@@ -167,7 +171,7 @@ def test_a_runs_plan_meets_its_budget_within_32_bits(values, changes):
     assert 0.99 * target < plan.epsilon() <= target
     assert 0 == plan.epsilon(0) < plan.epsilon(1) < plan.epsilon(49) < plan.epsilon()
     assert plan.wrap_exponent >= 40 * math.log(2)
-    inflation = plan.sensitivity / (plan.max_update_norm * plan.scale)
+    inflation = plan.sensitivity / (plan.clip_norm * plan.scale)
     assert 1 < inflation < 1.25
     # By hand, none of our code: all rounds' zCDP from the honest shares of the smallest sum.
     honest = 40 - changes.get("colluding_clients", 5)
@@ -197,7 +201,8 @@ def test_a_budget_that_does_not_fit_is_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"mode": "client"}, ["privacy.least-clients", "'client-distributed'", "40 and 5"]),
+        ({"mode": "client", "colluding_clients": 0},
+         ["privacy.least-clients", "'client-distributed'", "40"]),
         ({"mode": "none", "max_update_norm": 0.0, "registered_clients": 0},
          ["privacy.least-clients", "'client-distributed'"]),
         ({"least_clients": 1, "colluding_clients": 0}, ["privacy.least-clients", "from 2 to"]),
@@ -217,8 +222,9 @@ def test_settings_that_do_not_go_together_are_refused(changes, words):
     [
         ({"scale": 3.0}, "power of two"), ({"sigma": 0}, "sigma"), ({"values": 0}, "values"),
         ({"colluding_clients": 8}, "colluding_clients"), ({"least_clients": 21}, "least_clients"),
-        ({"max_update_norm": math.inf}, "max_update_norm"), ({"target_delta": 0.0}, "delta"),
-        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"clip_norm": math.inf}, "clip_norm"), ({"target_delta": 0.0}, "delta"),
+        ({"sample_rate": 0.5}, "sample_rate"),
+        ({"client_rate": 0.0}, "client_rate"), ({"unit": "site"}, "unit"),
     ],
 )  # fmt: skip
 def test_a_plan_that_no_mechanism_could_have_is_refused(changes, words):

@@ -202,6 +202,24 @@ def test_scores_from_the_released_mean_are_unbiased():
     assert floors["x"] == pytest.approx(18 * 0.49 / 0.25)
 
 
+def test_scores_of_mean_gradients_take_off_the_noise_of_gradients():
+    """Where the server steps by a noised mean gradient; mean within 4 standard errors."""
+
+    class OfGradients(ClientLevelMechanism):
+        of_gradients = True
+
+    generator = np.random.default_rng(1)
+    gradient, name = generator.standard_normal((4, 2)), "x.lora_B.weight"
+    plan = dataclasses.replace(PLAN, noise_multiplier=0.7 / 0.5 * 8)
+    energies = ReleasedEnergies({name: "x"}, OfGradients(plan))
+    values = []
+    for _ in range(4_000):
+        change = -0.25 * (gradient + 0.7 * generator.standard_normal((4, 2)))
+        values.append(energies.debiased({name: change}, {name: 0.25}, 1, low_pass=False)["x"])
+    exact = float(np.vdot(gradient, gradient))
+    assert abs(np.mean(values) - exact) < 4 * np.std(values) / np.sqrt(4_000)
+
+
 @pytest.mark.parametrize("method", PRODUCTS)
 def test_methods_that_need_single_factors_are_refused(method):
     with pytest.raises(ValueError, match="noised sum only"):
