@@ -100,9 +100,11 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info" not in name]
         archive.extractall(tmp_path / "site")
-    assert {name.rsplit("/", 1)[0] for name in files} == {"dp_lora/strategies", "dp_lora/privacy"}
+    assert {name.rsplit("/", 1)[0] for name in files} == {
+        "dp_lora/strategies", "dp_lora/strategies/secure_aggregation", "dp_lora/privacy",
+    }  # fmt: skip
     code = (
-        "from dp_lora.strategies import LALoRA, RoundPlan; "
+        "from dp_lora.strategies import LALoRA, RoundPlan, SecureAggregation; "
         "from dp_lora.privacy import FusedEngine, PrivacyPlan, PrivateGradient, check_engine; "
         "print(LALoRA().plan(1).mode, PrivateGradient.__module__)"
     )
