@@ -30,7 +30,7 @@ from strategies import (
     update_records,
 )
 
-from .local_training import step_kind, train_round
+from .local_training import step_kind
 from .trace import MessageTrace
 
 Update = Mapping[str, npt.NDArray[np.float32]]
@@ -66,33 +66,30 @@ def unit_statement(settings: Settings) -> ConfigRecord | None:
     return None
 
 
-def train_in_mode(
-    settings: Settings,
+def summed_gradients(
     plan: RoundPlan,
     adapter: Mapping[str, nn.Parameter],
     gradient: PrivateGradient,
     energies: GradientEnergies | None,
     trace: MessageTrace,
 ) -> dict[str, Tensor]:
-    """What a round's training gives: the change of the adapter, or a sum of clipped gradients.
+    """Take the place of ``train_round`` where noise comes in shares: a sum of clipped gradients.
 
-    With noise in shares there is one step a round, which the server takes: a second local step
-    would use a sum that only a share of the noise protects.
+    There is one step a round, which the server takes: a second local step would use a sum that
+    only a share of the noise protects.
 
     Raises
     ------
     ProtocolError
         If the round plan asks for more than the one step.
     """
-    if settings.privacy.mode != "record-distributed":
-        return train_round(plan, adapter, gradient, energies, trace)
-    if plan.local_steps != 1 or plan.optimizer != "sgd" or plan.low_pass:
+    if plan.local_steps != 1 or plan.optimizer != "sgd" or plan.low_pass or energies is not None:
         raise ProtocolError("a round of privacy.mode = 'record-distributed' is one step of SGD")
     active = plan.active(1, adapter)
     with trace.span("steps"):
         means = gradient.step(active, step_kind(active))  # the privacy plan's noise is none
-    return {name: value.cpu().double() * gradient.plan.expected_batch_size
-            for name, value in means.items()}  # fmt: skip
+    batch = gradient.plan.expected_batch_size
+    return {name: value.cpu().double() * batch for name, value in means.items()}
 
 
 def outgoing_records(

@@ -41,8 +41,8 @@ from task.backbones import backbone_loads
 from task.data import load_client_records
 from task.errors import DataError, ModelError
 
-from .client_level import outgoing_records, secure_answer, train_in_mode, unit_statement
-from .local_training import TrainingError, step_kind
+from .client_level import outgoing_records, secure_answer, summed_gradients, unit_statement
+from .local_training import TrainingError, step_kind, train_round
 from .placement import choose_device, choose_rank, set_threads
 from .session import open_session
 from .trace import MessageTrace, traced_message
@@ -150,9 +150,11 @@ def _train(message: Message, context: Context, trace: MessageTrace) -> RecordDic
     kind = step_kind(plan.active(1, model.adapter))
     noise_std = privacy_plan.noise_std(kind) / privacy_plan.expected_batch_size
     energies = GradientEnergies(plan, noise_std) if plan.scores != "none" else None
+    in_shares = settings.privacy.mode == "record-distributed"
+    train = summed_gradients if in_shares else train_round
     try:
         with _own_random_state(settings, context, plan.server_round):
-            update = train_in_mode(settings, plan, model.adapter, gradient, energies, trace)
+            update = train(plan, model.adapter, gradient, energies, trace)
     finally:
         model.load_adapter_state(received)  # this process may play another client next
     trace.values.update(
