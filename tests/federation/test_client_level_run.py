@@ -179,6 +179,10 @@ def test_a_run_under_secure_aggregation_states_whom_it_guards_against(
     assert all([a.dtype for a in one.values()] == ["uint32"] for one in arrays)
 
 
+def broken(_message, _context):
+    raise RuntimeError("gone")
+
+
 def test_the_sum_that_is_applied_is_that_of_the_clipped_updates(federate, monkeypatch, tmp_path):
     """Noise and masks as they are; the seeded noise is known, so the rest must be the updates."""
     import client_app.client_level as client_side
@@ -198,9 +202,8 @@ def test_the_sum_that_is_applied_is_that_of_the_clipped_updates(federate, monkey
                          strategy__num_rounds=1, strategy__method="dp-lora")  # fmt: skip
     saved = read_checkpoint(folder.checkpoint).arrays
     cold, _ = federate(
-        [handle_train] * 4 + [lambda m, c: None], **SECURE, privacy__insecure_test_seed=5,
+        [handle_train] * 4 + [broken], **SECURE, privacy__insecure_test_seed=5,
         strategy__num_rounds=1, strategy__method="dp-lora", output_dir=str(tmp_path / "b"),
-        strategy__round_timeout=0.5, strategy__node_timeout=30.0,
     )  # fmt: skip
     assert len(noisy) == 9
     other = read_checkpoint(cold.checkpoint).arrays
