@@ -37,11 +37,17 @@ def _membership(rows: Rows) -> list[str]:
         ]
         for fpr in (0.01, 0.001):
             point = points[fpr]
-            cells.append(f"{point['tpr']:.1%} [{point['tpr_low']:.1%}, {point['tpr_high']:.1%}]")
-            cells.append(_bound(row, point["bound"], ".1%"))
+            # A few worlds resolve no small rate: then the rate is said, and the bound is there.
+            place = f" at {point['fpr_resolved']:.1%}" if point["fpr_resolved"] > 1.5 * fpr else ""
+            limits = f"[{point['tpr_low']:.1%}, {point['tpr_high']:.1%}]"
+            cells.append(f"{point['tpr']:.1%} {limits}{place}")
+            high = _bound(row, point["bound_high"], ".1%")
+            cells.append(
+                f"{_bound(row, point['bound'], '.1%')}; {high}" if high != "none" else high
+            )
         lines.append(cells)
     header = ["trained", "privacy", "rounds", "attacker", "tests, in + out", "AUC", "bound"]
-    header += ["TPR at 1 % FPR", "bound", "TPR at 0.1 % FPR", "bound"]
+    header += ["TPR at 1 % FPR", "bound; upper", "TPR at 0.1 % FPR", "bound; upper"]
     return markdown(header, lines)
 
 

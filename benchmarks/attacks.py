@@ -270,6 +270,10 @@ def _teeth(row: dict[str, Any]) -> Bars:
         return {name: bar(point["tpr_high"] / drawn, 0.8, at_least=True)}
     if row["attack"] == "identification":
         return {f"identification, {trained}, none": bar(row["rate"], 0.99, at_least=True)}
+    if row["attack"] == "pixels":
+        found = row["nearest"] / row["records"]
+        name = f"pixels, {trained}, none: share nearest to the original of all candidates"
+        return {name: bar(found, 0.5, at_least=True)}
     if row["attack"] == "layer input":
         name = f"layer input, {trained} shows {row['shows']}, none: median cosine"
         return {name: bar(row["cosine"][1], 0.999, at_least=True)}

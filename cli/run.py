@@ -18,7 +18,7 @@ from typing import Any
 import click
 from flwr.common.config import parse_config_args
 
-from federation.round_lines import human_bytes, human_epsilon, round_line
+from federation.round_lines import describe_privacy, human_bytes, round_line
 from federation.run_files import RunFolder
 from federation.settings import Settings, SettingsError, Value
 from task.errors import ModelError
@@ -147,20 +147,17 @@ def simulation_config(clients: int, gpus: int) -> str:
 def print_result(folder: RunFolder, clients: int) -> None:
     """Say what came out; the path of ``result.json`` is the last line."""
     result = folder.read_result()
-    private = result["epsilon"] is not None
     print(f"\n{result['method']} on {clients} clients, {result['rounds']} rounds")
     print(
         f"  test accuracy  {result['accuracy_start']:.1%} before the first round, "
         f"{result['accuracy_end']:.1%} after the last"
     )
-    guarantee = f"  privacy        epsilon {human_epsilon(result['epsilon'])}"
-    if private:
-        guarantee += f" at delta {result['delta']:g}, for each record, over all rounds"
-    print(guarantee)
-    print(
-        f"  sent           {human_bytes(result['bytes_up'])} up, "
-        f"{human_bytes(result['bytes_down'])} down, all clients and rounds"
-    )
+    print(f"  privacy        {describe_privacy(result)}")
+    if result["bytes_up"] is not None:
+        print(
+            f"  sent           {human_bytes(result['bytes_up'])} up, "
+            f"{human_bytes(result['bytes_down'])} down, all clients and rounds"
+        )
     print(f"  time           {result['seconds']:.0f} s")
     print(f"  adapter        {result['adapter']}")
     print(f"  metrics        {folder.metrics}")

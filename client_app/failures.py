@@ -16,7 +16,7 @@ from privacy import (
     PolicyError,
     PolicyRefusal,
 )
-from strategies import UnusableMessage
+from strategies import ProtocolError, UnusableMessage
 from task.errors import DataError, ModelError
 
 from .local_training import TrainingError
@@ -37,6 +37,7 @@ _FAILURES: tuple[tuple[type[Exception], ClientFailure], ...] = (
     (SettingsError, ClientFailure.SETTINGS),
     (MessageError, ClientFailure.MESSAGE),
     (UnusableMessage, ClientFailure.MESSAGE),
+    (ProtocolError, ClientFailure.PRIVACY),
     (BackboneDiffers, ClientFailure.BACKBONE_DIFFERS),
     (DataError, ClientFailure.DATA),
     (ModelError, ClientFailure.MODEL),

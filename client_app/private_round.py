@@ -22,10 +22,11 @@ from privacy import (
     SeededTestSource,
     noised_count,
 )
-from strategies import PRIVACY_KEY, SCORES_KEY, GradientEnergies, RoundPlan, update_records
+from strategies import PRIVACY_KEY, SCORES_KEY, GradientEnergies, RoundPlan
 from task.data import Records
 from task.metrics import evaluate
 
+from .client_level import outgoing_records, summed_gradients, unit_statement
 from .local_training import step_kind, train_round
 from .session import Session
 from .site import who
@@ -94,9 +95,11 @@ class PaidRound:
         energies = (
             GradientEnergies(self.plan, self._noise_std) if self.plan.scores != "none" else None
         )
+        in_shares = self.settings.privacy.mode == "record-distributed"
+        train = summed_gradients if in_shares else train_round
         try:
             with own_random_state(self.settings, context, self.plan.server_round):
-                update = train_round(self.plan, model.adapter, gradient, energies, trace)
+                update = train(self.plan, model.adapter, gradient, energies, trace)
         finally:
             model.load_adapter_state(received)
         metrics = MetricRecord()
@@ -106,11 +109,15 @@ class PaidRound:
             metrics[NOISED_ACCURACY_KEY] = correct / self.public_records
         rounding = np.random.default_rng((self.settings.seed, who(context), self.plan.server_round))
         values = {name: value.numpy() for name, value in update.items()}
+        size = sum(value.numel() for value in received.values())
+        leaving = outgoing_records(
+            self.settings, message, context, self.plan, values, size, rounding
+        )
         reply = RecordDict(
             {
-                **update_records(message, context.state, values, rounding),
+                **leaving,
                 METRICS_KEY: metrics,
-                PRIVACY_KEY: self._statement(),
+                PRIVACY_KEY: unit_statement(self.settings) or self._statement(),
             }
         )
         if energies is not None:

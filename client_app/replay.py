@@ -10,7 +10,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from google.protobuf.message import DecodeError
 
-from strategies import ROUND_PLAN_KEY, WIRE_KEY
+from strategies import ROUND_PLAN_KEY, SECURE_KEY, WIRE_KEY
 
 
 def inputs_hash(message: Message, fingerprint: str) -> str:
@@ -22,6 +22,11 @@ def inputs_hash(message: Message, fingerprint: str) -> str:
     wire = message.content.config_records[WIRE_KEY]
     plan = message.content.config_records[ROUND_PLAN_KEY]
     parts = [wire["version"], wire["rank"], wire["dtype"], sorted(plan.items()), fingerprint]
+    if SECURE_KEY in message.content:
+        # A masked reply belongs to one exchange of keys; in another it would be no use, and two
+        # vectors under one mask would give their difference away.
+        secure = RecordDict({SECURE_KEY: message.content[SECURE_KEY]})
+        parts.append(hashlib.sha256(pack_reply(secure)).hexdigest())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

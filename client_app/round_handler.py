@@ -15,6 +15,7 @@ from task.backbones import backbone_loads
 from task.data import Records, data_stamp, load_client_records
 from task.errors import DataError
 
+from .client_level import secure_answer
 from .failures import BackboneDiffers, MessageError, failure_of, log_text
 from .placement import choose_device, choose_rank, set_threads
 from .private_round import PaidRound, random_source
@@ -36,6 +37,8 @@ def handle_train(message: Message, context: Context) -> Message:
     """
     clock = ReplyClock()
     try:
+        if (answer := secure_answer(message, context)) is not None:
+            return Message(content=answer, reply_to=message)
         with traced_message() as trace:
             reply = Message(content=_train(message, context, trace, clock), reply_to=message)
     except Exception as error:

@@ -25,16 +25,31 @@ def human_epsilon(epsilon: float | None) -> str:
     return "none (NOT PRIVATE)" if epsilon is None else f"{epsilon:.2f}"
 
 
+def describe_privacy(result: Mapping[str, Any]) -> str:
+    """Say what a run guarantees, for whom and, where it matters, against whom."""
+    of_clients = "client_epsilon" in result
+    epsilon = result["client_epsilon" if of_clients else "epsilon"]
+    text = f"{'client-level ' if of_clients else ''}epsilon {human_epsilon(epsilon)}"
+    if epsilon is None:
+        return text
+    unit = "for each client as a whole" if of_clients else "for each record"
+    text += f" at delta {result['delta']:g}, {unit}, over all rounds"
+    return text + (f"; against {result['guards_against']}" if "guards_against" in result else "")
+
+
 def round_line(row: Mapping[str, Any], rounds: int) -> str:
     """Describe a line of ``metrics.jsonl``: round, accuracy, epsilon, bytes, time left."""
     accuracy = "     -" if row["accuracy"] is None else f"{row['accuracy']:6.1%}"
-    line = (
-        f"round {row['round']:>{len(str(rounds))}}/{rounds}  accuracy {accuracy}  "
-        f"epsilon {human_epsilon(row['epsilon'])}  "
-        f"up {human_bytes(row['bytes_up'])}  down {human_bytes(row['bytes_down'])}"
-    )
+    if "client_epsilon" in row:
+        epsilon = f"client-level epsilon {human_epsilon(row['client_epsilon'])}"
+    else:
+        epsilon = f"epsilon {human_epsilon(row['epsilon'])}"
+    line = f"round {row['round']:>{len(str(rounds))}}/{rounds}  accuracy {accuracy}  {epsilon}"
+    if row["bytes_up"] is not None:  # hidden where it would tell who took part
+        line += f"  up {human_bytes(row['bytes_up'])}  down {human_bytes(row['bytes_down'])}"
     if row["round"]:
-        line += f"  clients {row['clients']}/{row['clients'] + row['failures']}"
+        if row["clients"] is not None:
+            line += f"  clients {row['clients']}/{row['clients'] + row['failures']}"
         left = row["round_seconds"] * (rounds - row["round"])
         if row["round"] == rounds:
             line += f"  {row['seconds']:.0f} s"

@@ -12,6 +12,8 @@ from privacy.settings import PrivacySettings
 from strategies.settings import StrategySettings, WireSettings
 from task.settings import DataSettings, LoRASettings, ModelSettings
 
+from .client_rules import check_sum_mode
+
 Value = str | int | float | bool
 
 _IMAGE_DATA = ("embedded", "npz", "image-folder")
@@ -102,6 +104,11 @@ class Settings(BaseModel):
                 "strategy.early-stopping-patience needs public records that the result is not "
                 "reported on: data.validation-fraction is 0, accepted is more than 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _only_sums(self) -> Self:
+        check_sum_mode(self)
         return self
 
     @property

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     )
     from .asked_for import AskedFor
     from .autograd_reference import clipped_sum_by_autograd, per_record_gradients_by_autograd
+    from .client_level import ClientLevelMechanism, ClientLevelPlan, clip_update
     from .clipping import clip_and_sum, joint_norms
+    from .discrete_gaussian import sample_discrete_gaussian
+    from .distributed_noise import DistributedMechanism, DistributedPlan
     from .engines import GradientEngine, make_engine
     from .fused_engine import FusedEngine
     from .guards import EngineError, check_engine
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from .randomness import RandomSource, SecureSource, SeededTestSource, coins, standard_normal
     from .sampling import PoissonSampler
     from .settings import PrivacySettings
+    from .zcdp import concentrated_epsilon, sampled_rdp, zcdp_epsilon
 
 _HOMES = {
     "AccountingError": "accounting",
@@ -52,8 +56,12 @@ _HOMES = {
     "BudgetExhausted": "ledger",
     "BudgetLimit": "privacy_filter",
     "Charge": "ledger",
+    "ClientLevelMechanism": "client_level",
+    "ClientLevelPlan": "client_level",
     "DataChanged": "ledger",
     "DatasetRules": "policy",
+    "DistributedMechanism": "distributed_noise",
+    "DistributedPlan": "distributed_noise",
     "EngineError": "guards",
     "FusedEngine": "fused_engine",
     "GradientEngine": "engines",
@@ -80,9 +88,11 @@ _HOMES = {
     "calibrate_noise_multiplier": "accounting",
     "check_engine": "guards",
     "clip_and_sum": "clipping",
+    "clip_update": "client_level",
     "clipped_sum_by_autograd": "autograd_reference",
     "coins": "randomness",
     "composed_epsilon": "accounting",
+    "concentrated_epsilon": "zcdp",
     "cross_check": "accounting",
     "joint_norms": "clipping",
     "make_engine": "engines",
@@ -92,7 +102,10 @@ _HOMES = {
     "privatize": "mechanism",
     "prv_epsilon": "accounting",
     "rdp_epsilon": "accounting",
+    "sample_discrete_gaussian": "discrete_gaussian",
+    "sampled_rdp": "zcdp",
     "standard_normal": "randomness",
+    "zcdp_epsilon": "zcdp",
 }
 
 __all__ = [
@@ -101,8 +114,12 @@ __all__ = [
     "BudgetExhausted",
     "BudgetLimit",
     "Charge",
+    "ClientLevelMechanism",
+    "ClientLevelPlan",
     "DataChanged",
     "DatasetRules",
+    "DistributedMechanism",
+    "DistributedPlan",
     "EngineError",
     "FusedEngine",
     "GradientEngine",
@@ -129,9 +146,11 @@ __all__ = [
     "calibrate_noise_multiplier",
     "check_engine",
     "clip_and_sum",
+    "clip_update",
     "clipped_sum_by_autograd",
     "coins",
     "composed_epsilon",
+    "concentrated_epsilon",
     "cross_check",
     "joint_norms",
     "make_engine",
@@ -141,7 +160,10 @@ __all__ = [
     "privatize",
     "prv_epsilon",
     "rdp_epsilon",
+    "sample_discrete_gaussian",
+    "sampled_rdp",
     "standard_normal",
+    "zcdp_epsilon",
 ]
 
 

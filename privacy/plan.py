@@ -164,11 +164,12 @@ class PrivacyPlan:
         if num_records < 1:
             raise AccountingError(f"a plan needs at least one record, got {num_records}")
         rate = settings.sample_rate or min(1.0, settings.expected_batch_size / num_records)
-        if settings.mode == "none":
+        if settings.mode != "record":  # the noise, if any, is put on a sum over clients
+            summed = settings.mode == "record-distributed"
             return cls(
                 sample_rate=rate,
                 expected_batch_size=rate * num_records,
-                max_grad_norm=math.inf,
+                max_grad_norm=settings.max_grad_norm if summed else math.inf,
                 noise_multiplier=0.0,
                 steps=steps,
                 target_delta=settings.target_delta,

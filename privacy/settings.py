@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from .client_settings import check_sum_settings
+
 # Far from where float32 underflows: there a clipped gradient is rounded up to more than C.
 SMALLEST_CLIP_NORM = 1e-6
 LARGEST_CLIP_NORM = 1e6
@@ -26,9 +28,13 @@ class PrivacySettings(BaseModel):
         frozen=True, extra="forbid", strict=True, alias_generator=_kebab, populate_by_name=True
     )
 
-    mode: Literal["record", "none"] = Field(
+    mode: Literal["record", "client", "client-distributed", "record-distributed", "none"] = Field(
         default="record",
-        description="Unit of protection: one record of one client, or no privacy at all.",
+        description="Unit of protection. record: one record of one client, noised at the client; "
+        "client: a whole client, noised by a server that is trusted; client-distributed: a whole "
+        "client, noised by the clients under secure aggregation; record-distributed: one record, "
+        "noised by all clients together under secure aggregation, one step a round; none: no "
+        "privacy at all.",
     )
     target_epsilon: float = Field(
         default=8.0,
@@ -96,6 +102,59 @@ class PrivacySettings(BaseModel):
         description="Tests only: 0 or more draws noise and batches from this seed, which voids "
         "the guarantee; -1: the operating system's secure generator.",
     )
+
+    max_update_norm: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="client modes: clip norm S of a client's whole update, over all tensors that "
+        "travel; it must be above 0 there and 0 elsewhere.",
+    )
+    registered_clients: int = Field(
+        default=0,
+        ge=0,
+        description="client and distributed modes: public number of clients that may take part; "
+        "with client-sample-rate it makes the constant by which sums of updates are divided.  "
+        "0 elsewhere.",
+    )
+    client_sample_rate: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="client and distributed modes: probability with which the server asks each "
+        "client in a round, independently (Poisson sampling, in place of "
+        "strategy.fraction-train).  1 elsewhere.",
+    )
+    participation: Literal["public", "secret"] = Field(
+        default="public",
+        description="client: who takes part in a round is public (every client is accounted as in "
+        "every round), or known to nobody but the server (amplification by sampling is credited).",
+    )
+
+    least_clients: int = Field(
+        default=0,
+        ge=0,
+        description="distributed modes: fewest clients whose sum is ever unmasked; the noise is "
+        "calibrated for so many shares.  0 elsewhere.",
+    )
+    colluding_clients: int = Field(
+        default=0,
+        ge=0,
+        description="distributed modes: how many clients may tell the server their noise without "
+        "harm to the others' guarantee; below least-clients.",
+    )
+
+    registered_records: int = Field(
+        default=0,
+        ge=0,
+        description="record-distributed: public number of records of all clients together; with "
+        "the rates it makes the constant by which sums of gradients are divided.  0 elsewhere.",
+    )
+
+    @model_validator(mode="after")
+    def _keys_of_the_mode(self) -> Self:
+        check_sum_settings(self)
+        return self
 
     @model_validator(mode="after")
     def _clip_norms_are_normal_numbers(self) -> Self:

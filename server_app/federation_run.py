@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from logging import INFO, WARNING
 
 import torch
@@ -16,12 +17,14 @@ from strategies import STRATEGIES, Checkpoint, EarlyStopping, LoRAStrategy
 from task.data import load_test_records, num_labels
 from task.model import build_task_model
 
+from .client_account import ClientAccount, make_account, sum_guarantee
 from .noised_accuracy import NoisedAccuracy
 from .observer import VALIDATION_ACCURACY, Observer, load_adapter, split_validation
 from .planned_bound import PlannedBound
 from .privacy_report import as_text, make_report
 from .privacy_tracker import PrivacyTracker
 from .resume import TrainingId, find_earlier_run, take_over
+from .sum_report import make_sum_report, sum_report_text
 
 
 class NothingLearned(RuntimeError):
@@ -29,7 +32,9 @@ class NothingLearned(RuntimeError):
 
 
 def make_strategy(
-    settings: Settings, tracker: PrivacyTracker, accuracy: NoisedAccuracy | None = None
+    settings: Settings,
+    tracker: PrivacyTracker | ClientAccount,
+    accuracy: NoisedAccuracy | None = None,
 ) -> LoRAStrategy:
     """Build the run's strategy, whose replies these two observe."""
 
@@ -38,7 +43,7 @@ def make_strategy(
         if accuracy is not None:
             accuracy.observe(message)
 
-    bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode != "none"
+    bounded = settings.strategy.norm_bound == "auto" and settings.privacy.mode == "record"
     return STRATEGIES[settings.strategy.method].from_settings(
         settings.strategy,
         settings.wire,
@@ -48,7 +53,8 @@ def make_strategy(
         update_bound=PlannedBound(settings) if bounded else None,
         # Seeded test noise is there to be repeated: then sums shall have the same bits too.
         in_order=settings.privacy.insecure_test_seed >= 0,
-        privacy=_guarantee(settings),
+        privacy=sum_guarantee(settings) or _guarantee(settings),
+        client_level=tracker.level if isinstance(tracker, ClientAccount) else None,
         on_reply=on_reply,
     )
 
@@ -93,13 +99,8 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         settings.data.validation_fraction,
         settings.seed,
     )
-    tracker = PrivacyTracker(
-        settings.privacy.target_delta,
-        settings.total_steps,
-        target_epsilon=settings.privacy.target_epsilon,
-        evaluation_noise_multiplier=settings.privacy.evaluation_noise_multiplier,
-        local_steps=settings.strategy.local_steps,
-    )
+    initial = {name: Array(value.numpy()) for name, value in model.adapter_state().items()}
+    tracker = make_account(settings, sum(math.prod(a.shape) for a in initial.values()))
     accuracy = NoisedAccuracy() if settings.privacy.evaluation_noise_multiplier else None
     strategy = make_strategy(settings, tracker, accuracy)
     rounds = settings.strategy.num_rounds
@@ -114,9 +115,7 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
         take_over(earlier, folder)
     strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(
-            {name: Array(value.numpy()) for name, value in model.adapter_state().items()}
-        ),
+        initial_arrays=ArrayRecord(initial),
         num_rounds=rounds,
         timeout=settings.strategy.round_timeout,
         train_config=train_config,
@@ -134,17 +133,22 @@ def run_federation(grid: Grid, settings: Settings, *, run_id: int) -> RunFolder:
     load_adapter(model, strategy.arrays)
     model.save_adapter(folder.adapter)
     first, last = observer.rows[0], observer.rows[-1]
-    report = make_report(settings, tracker)
-    folder.write_privacy_report(report, as_text(report))
+    if isinstance(tracker, ClientAccount):
+        report = make_sum_report(settings, tracker)
+        folder.write_privacy_report(report, sum_report_text(report))
+    else:
+        report = make_report(settings, tracker)
+        folder.write_privacy_report(report, as_text(report))
     folder.write_result(
         {
             "method": settings.strategy.method,
             "rounds": last["round"],
             "stopped_early": last["round"] < rounds,
-            "clients": max(row["clients"] for row in observer.rows),
+            "clients": max(row["clients"] or 0 for row in observer.rows) or None,
             "accuracy_start": first["accuracy"],
             "accuracy_end": last["accuracy"],
             "epsilon": last["epsilon"],
+            **{key: last[key] for key in ("client_epsilon", "guards_against") if key in last},
             "delta": settings.privacy.target_delta,
             "bytes_up": last["bytes_up"],
             "bytes_down": last["bytes_down"],

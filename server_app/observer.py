@@ -20,6 +20,7 @@ from task.data import Records
 from task.metrics import evaluate
 from task.model import TaskModel
 
+from .client_account import ClientAccount
 from .noised_accuracy import NoisedAccuracy
 from .privacy_tracker import PrivacyTracker
 
@@ -96,7 +97,7 @@ class Observer:
         model: TaskModel,
         test: Records,
         validation: Records,
-        tracker: PrivacyTracker,
+        tracker: PrivacyTracker | ClientAccount,
         every: int = 1,
         noised_accuracy: NoisedAccuracy | None = None,
     ) -> None:
@@ -141,8 +142,8 @@ class Observer:
             "accuracy": metrics["accuracy"] if metrics else None,
             "loss": metrics["loss"] if metrics else None,
             "epsilon": epsilon if math.isfinite(epsilon) else None,
-            "bytes_up": before["bytes_up"] + (report.bytes_up if report else 0),
-            "bytes_down": before["bytes_down"] + (report.bytes_down if report else 0),
+            "bytes_up": (before["bytes_up"] or 0) + (report.bytes_up if report else 0),
+            "bytes_down": (before["bytes_down"] or 0) + (report.bytes_down if report else 0),
             "clients": report.valid if report else 0,
             "failures": len(report.failures) if report else 0,
             "applied": report.applied if report else False,
@@ -156,7 +157,7 @@ class Observer:
         if self._noised_accuracy is not None and server_round:
             row["noised_accuracy"] = self._noised_accuracy.take()
         self._latest = now
-        return row
+        return self._tracker.in_its_unit(row) if isinstance(self._tracker, ClientAccount) else row
 
     def state_dict(self) -> dict[str, Any]:
         """The lines so far."""

@@ -6,6 +6,7 @@ Knows nothing of models, data or noise; any Flower app can use a strategy on its
 from .as_lora import ASLoRA
 from .base import ROUND_PLAN_KEY, LoRAStrategy
 from .checkpoint import Checkpoint, CheckpointError, read_checkpoint
+from .client_level import ClientLevel, ReleasedMean
 from .client_scores import SCORES_KEY, GradientEnergies
 from .dp_lora import DPLoRA
 from .fed_svd import FedSVD
@@ -31,6 +32,14 @@ from .reply_gate import PRIVACY_KEY
 from .report import RoundReport, payload_bytes
 from .ro_lora import RoLoRA
 from .round_plan import Mode, RoundPlan
+from .secure_aggregation import (
+    SECURE_KEY,
+    MaskLimits,
+    ProtocolError,
+    SecureAggregation,
+    answer_stage,
+    masked_records,
+)
 from .settings import StrategySettings, WireSettings
 from .tensor_names import kind_of, layer_of, layers_of
 
@@ -53,11 +62,13 @@ __all__ = [
     "PRIVACY_KEY",
     "ROUND_PLAN_KEY",
     "SCORES_KEY",
+    "SECURE_KEY",
     "STRATEGIES",
     "WIRE_KEY",
     "ASLoRA",
     "Checkpoint",
     "CheckpointError",
+    "ClientLevel",
     "DPLoRA",
     "EarlyStopping",
     "FFALoRA",
@@ -69,22 +80,28 @@ __all__ = [
     "InvalidReply",
     "LALoRA",
     "LoRAStrategy",
+    "MaskLimits",
     "Mode",
     "NeedFull",
     "NotEnoughNodes",
+    "ProtocolError",
+    "ReleasedMean",
     "RoLoRA",
     "RoundPlan",
     "RoundReport",
+    "SecureAggregation",
     "StrategySettings",
     "UnusableMessage",
     "UpdateBound",
     "WireSettings",
     "active_factors",
+    "answer_stage",
     "ask_for_everything",
     "freeze_inactive",
     "kind_of",
     "layer_of",
     "layers_of",
+    "masked_records",
     "payload_bytes",
     "read_checkpoint",
     "receive_adapter",

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.common import log
 
 from .base import LoRAStrategy, Update
+from .client_level import energies_of
 from .client_scores import ClientScores
 from .round_plan import Mode, RoundPlan
 from .score_report import describe_round
@@ -42,6 +43,8 @@ class ASLoRA(LoRAStrategy):
         ``debiased`` needs plain SGD and clients that state their noise; ``auto`` takes it
         where that holds, and ``pairwise`` elsewhere.  ``client``: the paper's form, one number
         per group that each client makes of its own noised gradients and sends.
+        Under client-level privacy all scores come from the noised mean alone (``auto`` or
+        ``debiased``).
     ema, exploration : float
         See :class:`~strategies.selection.FactorChoice`.
     **others
@@ -137,7 +140,7 @@ class ASLoRA(LoRAStrategy):
         active = [name for name in plan.uploaded(self._adapter) if kind_of(name) != "head"]
         self._active = {name: group_of(name, self.granularity) for name in active}
         self._round = plan
-        self._energies = UpdateEnergies(self._active)
+        self._energies = energies_of(self._active, self.client_level)
         self._stated = ClientScores(self._energies.groups) if self.score == "client" else None
 
     def _fold(self, update: Update, weight: float, reply: Message, rank: int) -> None:
@@ -145,7 +148,7 @@ class ASLoRA(LoRAStrategy):
             largest = largest_scores(update, self._active, self._round)
             self._stated.add(reply, weight, largest)  # first: it may refuse the reply
         super()._fold(update, weight, reply, rank)
-        if self._energies is not None:
+        if self._energies is not None and self.client_level is None:
             noise = stated_noise(reply, update, self._active, self._round)
             self._energies.add(update, weight, noise)
 
@@ -196,7 +199,7 @@ class ASLoRA(LoRAStrategy):
     def _source(self, energies: UpdateEnergies) -> ScoreSource:
         if self.score == "client":
             return "client"
-        if self.score == "pairwise" or self.optimizer != "sgd":
+        if self.client_level is None and (self.score == "pairwise" or self.optimizer != "sgd"):
             return "pairwise"
         if energies.noise_is_known:
             return "debiased"

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from .checkpoint import Checkpoint
+from .client_level import ClientLevel, ReleasedMean, check_client_level, poisson_nodes
 from .downlink import Downlink
 from .loop import EarlyStopping, EvaluateFn, run_rounds
 from .low_rank import NotFinite
@@ -25,6 +26,7 @@ from .replies import InvalidReply, WeightedMean
 from .reply_gate import ReplyGate, states_privacy
 from .report import RoundReport, payload_bytes
 from .round_plan import Mode, Optimizer, RoundPlan
+from .secure_aggregation import SECURE_KEY, SecureAggregation, SecureMean
 from .settings import StrategySettings, WireSettings
 from .summary import log_summary
 from .tensor_names import kind_of
@@ -34,6 +36,7 @@ from .wire_dtypes import WireDtype, relative_error
 ROUND_PLAN_KEY = "round-plan"
 _LONGEST_REASON = 300
 Weighting = Literal["uniform", "public-counts"]
+Mean = WeightedMean | TrimmedMean | ReleasedMean | SecureMean
 Update = Mapping[str, npt.NDArray[np.float32]]
 
 
@@ -56,7 +59,8 @@ class LoRAStrategy(Strategy):
     optimizer : {"sgd", "adamw"} (default: "sgd")
         Local optimizer.
     low_pass : bool, optional
-        LA-LoRA's filter on noised factor gradients; ``None``: the method's own default.
+        LA-LoRA's filter on noised factor gradients; ``None``: the method's own default, and off
+        under ``client_level``.
     train_head : bool (default: True)
         Whether head tensors (all that are not LoRA factors) are trained and sent.
     weighting : {"uniform", "public-counts"} (default: "uniform")
@@ -84,6 +88,11 @@ class LoRAStrategy(Strategy):
         they come in.  For tests and studies: it waits for the slowest first.
     privacy : str, optional
         What :meth:`summary` says of the run's privacy; the strategy itself promises none.
+    client_level : ClientLevel or SecureAggregation, optional
+        Privacy of whole clients: clips updates, draws nodes and noises each round's sum, of which
+        nothing else is used; every round is applied then (:mod:`~strategies.client_level`).  Or
+        clients put on the noise themselves and the server sees their sum only
+        (:mod:`~strategies.secure_aggregation`).
     on_reply : callable, optional
         ``on_reply(node_id, message)`` is called for each trained reply, before it is checked.
 
@@ -128,12 +137,15 @@ class LoRAStrategy(Strategy):
         seed: int = 0,
         in_order: bool = False,
         privacy: str | None = None,
+        client_level: ClientLevel | SecureAggregation | None = None,
         on_reply: Callable[[int, Message], None] | None = None,
     ) -> None:
         self.local_steps = local_steps
         self.lr_a, self.lr_b, self.lr_head, self.lr_decay = lr_a, lr_b, lr_head, lr_decay
         self.optimizer = optimizer
-        self.low_pass = self.low_pass_by_default if low_pass is None else low_pass
+        # The filter is for noise on gradients; a server's noise comes after all steps.
+        by_default = self.low_pass_by_default and client_level is None
+        self.low_pass = by_default if low_pass is None else low_pass
         self.train_head = train_head
         self.weighting = weighting
         self.trim = trim
@@ -149,11 +161,12 @@ class LoRAStrategy(Strategy):
         self.seed = seed
         self.in_order = in_order
         self.privacy = privacy
+        self.client_level = client_level
         self.on_reply = on_reply
         self.last_round: RoundReport | None = None
         self._adapter: dict[str, npt.NDArray[np.float32]] = {}
         self._record: ArrayRecord | None = None
-        self._mean: WeightedMean | TrimmedMean = WeightedMean()
+        self._mean: Mean = WeightedMean()
         self._downlink = Downlink(self._tensors_for, arrayrecord_key)
         self._warned = False
         if trim and not self.can_trim:
@@ -164,6 +177,8 @@ class LoRAStrategy(Strategy):
                 "an update_bound with sample_rate needs the record counts that weighting = "
                 f"'public-counts' asks for, got {weighting!r}; give it expected_batch_size"
             )
+        if client_level is not None:
+            check_client_level(self, one_step=getattr(client_level, "of_gradients", False))
         relative_error(wire_dtype)  # refuses what is no wire dtype
         self.plan(1)  # refuses numbers that no round could have, before anything starts
 
@@ -258,18 +273,15 @@ class LoRAStrategy(Strategy):
             If too few nodes connect within ``node_timeout``.
         """
         self.take_arrays(arrays)
-        nodes = sample_nodes(
-            grid,
-            fraction=self.fraction_train,
-            minimum=self.min_train_nodes,
-            available=self.min_available_nodes,
-            timeout=self.node_timeout,
-            seed=(self.seed, server_round),
-        )
+        nodes = self._choose_nodes(server_round, grid)
         common = {
             self.configrecord_key: ConfigRecord({**config, "server-round": server_round}),
             ROUND_PLAN_KEY: self.plan(server_round).to_record(),
         }
+        if isinstance(self.client_level, SecureAggregation):
+            nodes, common[SECURE_KEY] = self.client_level.open(
+                grid, server_round, nodes, self.node_timeout
+            )
         # A list: Flower's HTTP grid walks the messages twice.
         return self._downlink.open_round(
             nodes, common, default_rank=self._default_rank(), dtype=self.wire_dtype
@@ -304,7 +316,7 @@ class LoRAStrategy(Strategy):
         bytes_up = private = 0
         heaviest, all_weights = (0.0, 0), 0.0
         asked_nodes = self._downlink.asked()
-        self._mean = TrimmedMean(self.trim, asked_nodes) if self.trim else WeightedMean()
+        self._mean = self._new_mean(plan, asked_nodes)
         gate = ReplyGate(self, self._downlink, plan)
         self._begin(plan)
         for reply in replies:
@@ -330,15 +342,18 @@ class LoRAStrategy(Strategy):
             self._note(failures, server_round, f"node {node}: no reply in time")
 
         valid = self._mean.count
-        applied = valid >= self.min_train_nodes and self._apply_if_finite(plan)
+        enough = self._is_enough(valid)
+        applied = enough and self._apply_if_finite(plan)
         if applied:
             self._record = ArrayRecord({n: Array(value) for n, value in self._adapter.items()})
-        elif valid < self.min_train_nodes:
+        elif not enough and self.client_level is None:
             text = "Round %d is not applied: %d valid replies, min_train_nodes is %d"
             log(WARNING, text, server_round, valid, self.min_train_nodes)
         if valid > 2 and heaviest[0] > all_weights / 2:
             text = "Node %d has more than half of the weight in round %d, by its own record count"
             log(WARNING, text, heaviest[1], server_round)
+        if self.client_level is not None:
+            private = valid if self.client_level.secure else 0
         self._warn_if_not_private(valid, private)
         self.last_round = RoundReport(
             server_round=server_round,
@@ -347,7 +362,7 @@ class LoRAStrategy(Strategy):
             valid=valid,
             failures=tuple(failures),
             applied=applied,
-            private=valid > 0 and private == valid,
+            private=private == valid and (valid > 0 or self._noised_by_server()),
             bytes_down=self._downlink.bytes_down,
             bytes_up=bytes_up,
         )
@@ -360,6 +375,8 @@ class LoRAStrategy(Strategy):
                 "bytes-up": bytes_up,
             }
         )
+        if self.client_level is not None:  # who answered may depend on what is protected
+            metrics = MetricRecord()
         return self._record if applied else None, metrics
 
     def take_arrays(self, arrays: ArrayRecord) -> None:
@@ -442,6 +459,43 @@ class LoRAStrategy(Strategy):
                 self._adapter = before
                 return False
         return True
+
+    def _choose_nodes(self, server_round: int, grid: Grid) -> list[int]:
+        if self.client_level is not None:
+            return poisson_nodes(
+                grid,
+                self.client_level,
+                server_round,
+                available=self.min_available_nodes,
+                timeout=self.node_timeout,
+            )
+        return sample_nodes(
+            grid,
+            fraction=self.fraction_train,
+            minimum=self.min_train_nodes,
+            available=self.min_available_nodes,
+            timeout=self.node_timeout,
+            seed=(self.seed, server_round),
+        )
+
+    def _is_enough(self, valid: int) -> bool:
+        """Whether a round's replies make a mean."""
+        if isinstance(self._mean, SecureMean):
+            return self._mean.close()
+        # Whether a round counts must not tell who took part: then it always does.
+        return self.client_level is not None or valid >= self.min_train_nodes
+
+    def _new_mean(self, plan: RoundPlan, asked: int) -> Mean:
+        if self.client_level is not None:
+            shapes = {name: self._adapter[name].shape for name in plan.uploaded(self._adapter)}
+            if isinstance(self.client_level, SecureAggregation):
+                rates = {name: plan.learning_rate(name) for name in shapes}
+                return SecureMean(self.client_level, shapes, rates)
+            return ReleasedMean(self.client_level, plan.server_round, shapes)
+        return TrimmedMean(self.trim, asked) if self.trim else WeightedMean()
+
+    def _noised_by_server(self) -> bool:
+        return self.client_level is not None and self.client_level.secure
 
     def _default_rank(self) -> int:
         """Rank of nodes that have stated none; 0 where all nodes are alike."""

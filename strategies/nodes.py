@@ -47,7 +47,19 @@ def sample_nodes(
     NotEnoughNodes
         When the time is up; Flower's own sampling would wait for ever.
     """
-    needed = max(available, minimum)
+    connected = wait_for_nodes(grid, max(available, minimum), timeout)
+    size = max(int(len(connected) * fraction), minimum)
+    return sorted(random.Random(repr(seed)).sample(connected, size))
+
+
+def wait_for_nodes(grid: Grid, needed: int, timeout: float) -> list[int]:
+    """Wait until so many nodes are connected; all that are, sorted.
+
+    Raises
+    ------
+    NotEnoughNodes
+        When ``timeout`` seconds are over.
+    """
     started = time.monotonic()
     reminded = started
     while len(connected := sorted(grid.get_node_ids())) < needed:
@@ -62,5 +74,4 @@ def sample_nodes(
             log(INFO, "Waiting for nodes: %d of %d are connected", len(connected), needed)
             reminded = now
         time.sleep(_POLL_SECONDS)
-    size = max(int(len(connected) * fraction), minimum)
-    return sorted(random.Random(repr(seed)).sample(connected, size))
+    return connected

@@ -12,6 +12,7 @@ from flwr.app import ConfigRecord, Message
 from .downlink import Asked, Downlink, needs_full
 from .replies import InvalidReply, check_norms, read_update, read_weight
 from .round_plan import RoundPlan
+from .secure_aggregation import SecureAggregation
 from .tensor_names import Kind
 from .wire_dtypes import relative_error
 
@@ -59,6 +60,9 @@ class ReplyGate:
             one.on_reply(asked.node, reply)
         self._downlink.take_statement(asked, reply)
         shapes = self._shapes_for(asked.rank)
+        if isinstance(one.client_level, SecureAggregation):  # a vector that nobody can look at
+            one.client_level.take(asked.node, reply, shapes)
+            return {}, 1.0
         update = read_update(reply, shapes, one.arrayrecord_key, one.wire_dtype)
         by_count = one.weighting == "public-counts"
         weight = read_weight(reply, one.weighted_by_key) if by_count else 1.0

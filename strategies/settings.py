@@ -85,7 +85,7 @@ class StrategySettings(BaseModel):
     norm_bound: Literal["auto", "off"] = Field(
         default="auto",
         description="Refuse updates longer than signal plus noise of the public plan allow; auto: "
-        "in private runs.",
+        "where privacy.mode is record.",
     )
     evaluate_every: int = Field(
         default=1,

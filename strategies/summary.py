@@ -7,19 +7,30 @@ from typing import TYPE_CHECKING
 
 from flwr.common import log
 
+from .client_level import describe_client_level
+
 if TYPE_CHECKING:
     from .base import LoRAStrategy
 
 _UNIT = "one record of one client"
+_NOISED = "that of the mechanism which noises each round's sum"
 _BY_CLIENTS = "as the ClientApps' replies state it; a round whose replies state none is NOT PRIVATE"
 
 
 def log_summary(strategy: LoRAStrategy) -> None:
     """Log method, active-factor rule, privacy, wire, sampling and mean as a tree."""
     one = strategy
+    sampling = [
+        f"Fraction: train ({one.fraction_train:.2f})",
+        f"Minimum nodes: train ({one.min_train_nodes})",
+    ]
     mean = f"trimmed by {one.trim:g} at either end" if one.trim else "over all valid replies"
+    if one.client_level is not None:
+        sampling = ["Each connected node by a coin of its own (Poisson)"]
+        mean = "the noised sum over a public constant"
     bound = "none" if one.update_bound is None else "signal plus noise of the public plan"
     rates = f"lr A {one.lr_a:g}, B {one.lr_b:g}, head {one.lr_head:g}, decay {one.lr_decay:g}"
+    promised = _BY_CLIENTS if one.client_level is None else _NOISED
     tree: list[tuple[str, list[str]]] = [
         (
             f"Method: {one.name}",
@@ -30,7 +41,13 @@ def log_summary(strategy: LoRAStrategy) -> None:
                 f"Low-pass filter: {'on' if one.low_pass else 'off'}",
             ],
         ),
-        ("Privacy:", [f"Unit: {_UNIT}", f"Guarantee: {one.privacy or _BY_CLIENTS}"]),
+        (
+            "Privacy:",
+            [
+                *describe_client_level(one.client_level, _UNIT),
+                f"Guarantee: {one.privacy or promised}",
+            ],
+        ),
         (
             "Wire:",
             [
@@ -41,8 +58,7 @@ def log_summary(strategy: LoRAStrategy) -> None:
         (
             "Sampling:",
             [
-                f"Fraction: train ({one.fraction_train:.2f})",
-                f"Minimum nodes: train ({one.min_train_nodes})",
+                *sampling,
                 f"Minimum available nodes: {one.min_available_nodes}",
             ],
         ),

@@ -109,7 +109,7 @@ def test_the_wheel_ships_the_two_pluggable_rooms_under_one_name(tmp_path):
     (script,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
     assert "dp-lora = dp_lora.privacy.commands:main" in script.read_text(encoding="utf-8")
     code = (
-        "from dp_lora.strategies import LALoRA, RoundPlan; "
+        "from dp_lora.strategies import LALoRA, RoundPlan, SecureAggregation; "
         "from dp_lora.privacy import FusedEngine, PrivacyPlan, PrivateGradient, check_engine; "
         "from dp_lora.privacy.commands import main; "
         "print(LALoRA().plan(1).mode, PrivateGradient.__module__, main(['plan', '--delta', '2']))"

@@ -78,8 +78,8 @@ def p_value_approximate_dp(guesses: Guesses, epsilon: float, delta: float) -> fl
 
     Notes
     -----
-    Steinke, Nasr and Jagielski (2023, arXiv 2305.08846), Theorem 5.2.  With W binomial of r trials
-    at ``e^eps / (1 + e^eps)`` and ``beta(v) = P[W >= v]``::
+    The theorem for (epsilon, delta)-DP of Steinke, Nasr and Jagielski (2023, arXiv 2305.08846).
+    With W binomial of r trials at ``e^eps / (1 + e^eps)`` and ``beta(v) = P[W >= v]``::
 
         P[right >= v]  <=  beta(v) + 2 m delta max_{1 <= i <= m} (beta(v - i) - beta(v)) / i
 
@@ -123,9 +123,9 @@ def is_refuted(guesses: Guesses, trade_off: TradeOff, risk: float) -> bool:
     -----
     Formal guarantee: if the mechanism is f-DP for each single canary, whatever the others are,
     this is true with probability at most ``risk``.  No independence of scores and no shape of the
-    noise is assumed beyond f.  The inequality is Theorem 3.2 of Mahloujifar, Melis and Chaudhuri
-    (2024, arXiv 2410.22235).  The argument in short, with p_c the probability of exactly c right
-    guesses:
+    noise is assumed beyond f.  The inequality is that of Mahloujifar, Melis and Chaudhuri (2024,
+    arXiv 2410.22235) for a bounded number of guesses.  The argument in short, with p_c
+    the probability of exactly c right guesses:
 
     Fix all coins but the i-th.  The event "i is guessed 'in', and with it at least u guesses are
     right" has probability P with coin 'in' and Q with coin 'out'; there one guess fewer is right.
@@ -169,8 +169,10 @@ def gaussian_epsilon_bound(guesses: Guesses, *, delta: float, risk: float) -> fl
     """Lower bound on epsilon at ``delta``: the Gaussian form, :func:`mu_bound` converted.
 
     Formal guarantee: below the true epsilon with probability at least ``1 - risk`` if the
-    mechanism's trade-off function is a Gaussian one.  A subsampled mechanism's is so only in the
-    limit; against its claim use :func:`accounted_epsilon_bound`, which compares like with like.
+    mechanism's trade-off function is a Gaussian one, or lies above the Gaussian one of the same
+    epsilon at ``delta``.  A subsampled mechanism's is Gaussian only in the limit, and whether it
+    lies above is a matter of its numbers (tested for those of the audit); where that is not
+    known, use :func:`accounted_epsilon_bound`, which compares like with like.
     """
     return gaussian_epsilon(mu_bound(guesses, risk=risk), delta)
 

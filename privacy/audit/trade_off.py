@@ -2,7 +2,7 @@
 
 For events E of a mechanism's output, P(E) with the record and Q(E) without it, a guarantee says
 ``P(E) <= 1 - f(Q(E))`` and the same with P and Q exchanged (Dong, Roth and Su, Gaussian
-differential privacy, 2022, Definition 2.1 and Proposition 2.4).  ``f`` is convex and falls.
+differential privacy, 2022, Definitions 2.1 and 2.3).  ``f`` is convex and falls.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TradeOff(Protocol):
 class GaussianTradeOff:
     """That of N(0, 1) against N(mu, 1): ``f(alpha) = Phi(Phi^-1(1 - alpha) - mu)``.
 
-    Dong et al. (2022), Equation (6).  A Gaussian mechanism without subsampling has exactly this
+    Dong et al. (2022), Section 2.2.  A Gaussian mechanism without subsampling has exactly this
     one, at ``mu = sqrt(steps) / noise multiplier``.
 
     Parameters

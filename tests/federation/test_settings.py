@@ -100,7 +100,7 @@ def test_settings_cannot_be_changed_afterwards():
         ("strategy.lr-a", 0.0, "greater than 0"),
         ("strategy.lr-decay", 1.1, "less than or equal to 1"),
         ("strategy.low-pass", True, "'auto'"),
-        ("privacy.mode", "client", "'record'"),
+        ("privacy.mode", "site", "'record'"),
         ("privacy.target-epsilon", 0.0, "greater than 0"),
         ("privacy.target-epsilon", 1000.0, "less than or equal to 100"),
         ("privacy.target-epsilon", math.inf, "less than or equal to 100"),

@@ -161,3 +161,21 @@ def test_plain_flwr_run_works_offline_without_any_preparation(tmp_path):
     results = list((tmp_path / "runs").glob("*/result.json"))
     assert len(results) == 1
     assert json.loads(results[0].read_text())["clients"] == 2
+
+
+def test_secure_aggregation_goes_through_flowers_own_messages(tmp_path):
+    """docs/client-level.md: four messages a round, state that lasts between them, masked words."""
+    done = run_command(
+        *("--clients", "4", "--rounds", "2", "--method", "ro-lora"),
+        "--config",
+        'privacy.mode="record-distributed" strategy.weighting="uniform" strategy.local-steps=1 '
+        "strategy.min-available-nodes=4 privacy.registered-clients=4 privacy.least-clients=3 "
+        "privacy.registered-records=1000",
+        runs=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = Path(done.stdout.strip().splitlines()[-1])
+    result, rows = json.loads(path.read_text()), metrics_of(path.parent)
+    assert [(row["clients"], row["applied"]) for row in rows[1:]] == [(4, True)] * 2
+    assert 7.8 < result["epsilon"] <= 8.0
+    assert "as long as it keeps to the protocol" in done.stdout

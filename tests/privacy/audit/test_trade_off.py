@@ -81,6 +81,17 @@ def test_the_profile_of_steps_is_that_of_the_accountant():
         assert true - 2e-3 <= unsampled(alpha) <= true + 1e-9
 
 
+@pytest.mark.parametrize("noise", [2.6727, 1.2])
+def test_the_audits_claims_are_at_least_as_private_as_gaussians_of_their_epsilon(noise):
+    """So that the Gaussian form, at 20 steps and rate 0.2, does not accuse a true claim."""
+    claim = {"sample_rate": 0.2, "noise_multiplier": noise, "steps": 20}
+    gaussian = GaussianTradeOff(gaussian_mu(pld_epsilon(**claim, delta=DELTA), DELTA))
+    curve = PrivacyProfile.of_steps(**claim, interval=1e-4)
+    alphas = np.concatenate([np.geomspace(1e-4, 0.5, 60), 1 - np.geomspace(1e-4, 0.5, 60)])
+    assert min(curve(alpha) - gaussian(alpha) for alpha in alphas) > -1e-6
+    assert max(curve(alpha) - gaussian(alpha) for alpha in alphas) > 0.01  # and not by chance
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
