@@ -6,7 +6,6 @@ for more; whoever sends the run config cannot change it.
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,8 +68,9 @@ class DatasetRules(_Table):
     )
     max_epsilon: float = Field(
         gt=0,
+        allow_inf_nan=False,
         description="Largest epsilon that its records may ever lose, over all runs and servers; "
-        "inf, for public records, only with only-privatised = false.",
+        "runs without a guarantee, which only-privatised = false allows, are not bound by it.",
     )
     max_delta: float = Field(
         gt=0,
@@ -113,11 +113,6 @@ class DatasetRules(_Table):
                 f"max-delta must be below 1 / min-records (or public-records) = {1 / fewest:.2e}, "
                 f"got {self.max_delta:g}: such a delta would allow publishing a record"
             )
-        if math.isinf(self.max_epsilon) and self.only_privatised:
-            raise ValueError(
-                "max-epsilon = inf is accepted only with only-privatised = false: records that a "
-                "run may be asked to protect have a budget"
-            )
         for path in self.data_paths:
             if not Path(path).expanduser().is_absolute():
                 raise ValueError(f"data-paths must be absolute, got {path!r}")
@@ -148,9 +143,7 @@ class DatasetRules(_Table):
         if self.only_privatised:
             self._check_private(asked)
         if not asked.is_private:
-            if not math.isinf(self.max_epsilon):
-                raise _refusal("max-epsilon", self.max_epsilon, "inf for runs without a guarantee")
-            return  # charged as what it is
+            return  # allowed by a site that says so; charged as what it is
         if asked.target_epsilon > self.max_epsilon:
             raise _refusal(
                 "privacy.target-epsilon", asked.target_epsilon, f"{self.max_epsilon:g} at most"

@@ -48,7 +48,11 @@ class Spending:
 
 
 Plan = Sequence[Spending]
-"""What one plan, fixed before its first release, has spent so far."""
+"""What one plan, fixed before its first release, has spent so far, if it is of one kind of release.
+
+Of several kinds, how many of each were taken is itself chosen in view of outputs: then all that the
+plan allows must be given here, as long as it is the only one.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +73,15 @@ class BudgetLimit:
     ``max_delta``)-DP per record, however the plans after the first were chosen.
 
     Proof.  Let F1 be the event that there is only one plan, F2 that there are more.  On F1 the
-    transcript is that of the first plan alone, whose parameters do not depend on the data: its
-    PLD gives ``P(S and F1) <= e^epsilon Q(S and F1) + delta / 2``.  On F2, at the end some
-    order ``a`` of the K fixed ones has ``sum of RDP(a) <= B(a)``, and as the sum only grows, it
-    had so all along: there the transcript is that of an interaction which stops before the sum
-    exceeds B(a), and which is ``(a, B(a))``-RDP by the fully adaptive composition of Feldman and
-    Zrnic (2021, Theorem 4.3), hence (epsilon, delta / 2K)-DP by the choice of B(a) (Canonne, Kamath
-    and Steinke, 2020, Proposition 12 in version 4).  Let F2(a) be the event that ``a`` is the
+    transcript is that of the first plan alone, whose parameters do not depend on the data.  All
+    its releases could be drawn beforehand, and shown one after the other in whatever order, up to
+    whatever point, the interaction asks for: the PLD of all of them gives
+    ``P(S and F1) <= e^epsilon Q(S and F1) + delta / 2``.  On F2, at the end some order ``a`` of the
+    K fixed ones has ``sum of RDP(a) <= B(a)``, and as the sum only grows, it had so all along:
+    there the transcript is that of an interaction which stops before the sum exceeds B(a), and
+    which is ``(a, B(a))``-RDP by the fully adaptive composition of Feldman and Zrnic (2021,
+    Theorem 4.3), hence (epsilon, delta / 2K)-DP by the choice of B(a) (Canonne, Kamath and
+    Steinke, 2020, Proposition 12 in version 4).  Let F2(a) be the event that ``a`` is the
     smallest such order; which one it is may depend on outputs.  On F2(a) the two interactions are
     one, so ``P(S and F2(a)) <= e^epsilon Q(S and F2(a)) + delta / 2K``, and the sum over the K
     orders gives ``P(S and F2) <= e^epsilon Q(S and F2) + delta / 2``.  Rounds of several plans may

@@ -32,9 +32,17 @@ class PlanAccount:
     @property
     def spendings(self) -> list[Spending]:
         """As the filter takes it: steps, and evaluations, which see every record."""
-        spent = [Spending(self.sample_rate, self.noise_multiplier, self.steps)]
-        if self.evaluations:
-            spent.append(Spending(1.0, self.evaluation_noise_multiplier, self.evaluations))
+        return self._spendings(self.steps, self.evaluations)
+
+    @property
+    def whole(self) -> list[Spending]:
+        """What it will have spent at its end."""
+        return self._spendings(self.most_steps, self.most_evaluations)
+
+    def _spendings(self, steps: int, evaluations: int) -> list[Spending]:
+        spent = [Spending(self.sample_rate, self.noise_multiplier, steps)]
+        if evaluations:
+            spent.append(Spending(1.0, self.evaluation_noise_multiplier, evaluations))
         return spent
 
 

@@ -311,7 +311,12 @@ class Ledger:
 
 
 def _check_limits(book: Book, dataset: str, limits: Mapping[str, BudgetLimit]) -> None:
-    spent = [plan.spendings for plan in book.spent(dataset)]
+    plans = book.spent(dataset)
+    spent = [plan.spendings for plan in plans]
+    if len(plans) == 1 and plans[0].most_evaluations:
+        # How many steps come before each evaluation is chosen round by round, in view of outputs:
+        # only for all of both together are the numbers fixed beforehand.
+        spent = [plans[0].whole]
     for name in sorted(book.group(dataset)):
         if name in limits and not limits[name].allows(spent):
             shared = "" if name == dataset else f", which shares records with {dataset},"

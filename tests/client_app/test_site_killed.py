@@ -21,7 +21,9 @@ from tests.client_app.deployed import Deployed, deploy, released
 
 STEPS = 2
 ROUNDS = 1000
-KILLS = {"any time": 70, "while it is charged": 65, "between lines of the ledger": 65}
+# Where a child is killed, and how often: from this word of its report on, within so many seconds.
+KILLS = {"any time": 60, "charging": 50, "kept": 30, "between lines of the ledger": 60}
+SOON = {"charging": 0.03, "kept": 0.003}
 _WATCHED = ("/privacy/ledger/", "/privacy/files.py")
 
 
@@ -146,7 +148,7 @@ def one_thread():
 
 @pytest.mark.slow
 def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one_thread):
-    """Also in ``docs/privacy.md``: the figure of the bar is this test's."""
+    """What was charged and sent is told over a pipe, and compared with what is left on disk."""
     deployed = deploy(tmp_path, site.config, max_epsilon=1e6)
     deployed.config["strategy.num-rounds"] = ROUNDS
     handle_train(site.message(server_round=1), deployed.context())  # model, engine, noise
@@ -167,8 +169,8 @@ def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one
             if way == "any time":
                 trial.listen("never said", generator.uniform(0, 1.3 * usual))
             else:
-                assert trial.listen("charging", 60)
-                time.sleep(generator.uniform(0, 0.03))
+                assert trial.listen(way, 60)
+                time.sleep(generator.uniform(0, SOON[way]))
             dead = trial.kill()
         assert dead, trial.told
         hit[way] += 1
@@ -177,7 +179,7 @@ def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one
         next_round = 1 + max([next_round - 1, *(w[1] for w in trial.told if w[0] == "round")])
     print(f"{hit} kills in {time.monotonic() - began:.0f} s; round {usual:.2f} s, {lines} lines")
     assert sum(hit.values()) == 200 and hit == KILLS
-    assert kept_and_killed > 0, "no kill fell between storing a reply and the next round"
+    assert kept_and_killed >= 5, "few kills fell between storing a reply and the next round"
 
 
 def check(site, deployed: Deployed, trial: Trial, before: int) -> tuple[int, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from privacy import Ledger
 from strategies import ROUND_PLAN_KEY, WIRE_KEY
 from tests.client_app.deployed import Deployed, deploy, released, write_data, write_policy
 from tests.client_app.replies import fail_with, failure_of
-
-FREE = {"privacy.mode": "none"}
 
 
 @pytest.fixture
@@ -264,7 +261,7 @@ def test_the_normaliser_is_the_public_figures(site, tmp_path, monkeypatch):
 
 def test_a_site_of_public_records_may_say_so(site, tmp_path):
     write_data(tmp_path / "data.npz", site.config, 60)
-    write_policy(tmp_path, max_epsilon=math.inf, only_privatised=False)
+    write_policy(tmp_path, only_privatised=False)
     Ledger.create(tmp_path / "ledger", tmp_path / "second" / "head.json")
     deployed = Deployed(tmp_path, {**site.config, "data.path": "", "strategy.weighting": "uniform"})
     assert released(train(site, deployed, privacy__mode="none"))
@@ -273,13 +270,14 @@ def test_a_site_of_public_records_may_say_so(site, tmp_path):
     assert noise == [0.0, 0.0]
 
 
-def test_a_release_without_a_guarantee_is_never_forgotten(site, tmp_path):
+@pytest.mark.parametrize("only_privatised", [True, False])
+def test_a_release_without_a_guarantee_is_never_forgotten(site, tmp_path, only_privatised):
     """Public records that become protected ones: nothing can be promised for them any more."""
     write_data(tmp_path / "data.npz", site.config, 60)
-    write_policy(tmp_path, max_epsilon=math.inf, only_privatised=False)
+    write_policy(tmp_path, only_privatised=False)
     Ledger.create(tmp_path / "ledger", tmp_path / "second" / "head.json")
     deployed = Deployed(tmp_path, {**site.config, "data.path": "", "strategy.weighting": "uniform"})
     assert released(train(site, deployed, privacy__mode="none"))
-    write_policy(tmp_path, max_epsilon=100.0)
+    write_policy(tmp_path, max_epsilon=100.0, only_privatised=only_privatised)
     reply = train(site, deployed, training="c" * 16)
     assert failure_of(reply) is ClientFailure.BUDGET_EXHAUSTED

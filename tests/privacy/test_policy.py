@@ -102,7 +102,7 @@ SET = "datasets.scans"
         ("8.0", "0", f"{SET}.max-epsilon", "got 0; Input should be greater than 0"),
         ("8.0", "-1.0", f"{SET}.max-epsilon", "got -1.0"),
         ("8.0", "nan", f"{SET}.max-epsilon", "got nan"),
-        ("8.0", "inf", SET, "accepted only with only-privatised = false"),
+        ("8.0", "inf", f"{SET}.max-epsilon", "got inf"),
         ("8.0", '"8"', f"{SET}.max-epsilon", "got '8'; Input should be a valid number"),
         ("8.0", "true", f"{SET}.max-epsilon", "got True"),
         ("1e-5", "0.0", f"{SET}.max-delta", "got 0.0"),
@@ -215,8 +215,6 @@ def test_a_path_is_found_however_it_is_written(tmp_path, monkeypatch):
          "a setting that tells the record count is"),
         ({}, {"target_epsilon": 8.1}, "privacy.target-epsilon is 8.1; accepted: 8 at most"),
         ({}, {"target_delta": 5.1e-6}, "privacy.target-delta is 5.1e-06; accepted: 5e-06 at most"),
-        ({"only_privatised": False}, {"mode": "none"}, "max-epsilon is 8.0; accepted: inf"),
-        ({"only_privatised": False}, {"seeded_noise": True}, "max-epsilon is 8.0; accepted: inf"),
         ({"only_privatised": False}, {"target_epsilon": 9.0}, "privacy.target-epsilon is 9.0"),
         ({"public_records": 200}, {"target_delta": 1e-5}, "privacy.target-delta is 1e-05"),
     ],
@@ -236,8 +234,8 @@ def test_a_run_that_asks_for_more_is_refused(changes, asked, says):
         ({}, {"columns": ("any",)}),
         ({"public_records": 200}, {"tells_count": "strategy.weighting = 'public-counts'"}),
         ({"only_privatised": False}, {"tells_count": "x"}),
-        ({"only_privatised": False, "max_epsilon": float("inf")}, {"mode": "none"}),
-        ({"only_privatised": False, "max_epsilon": float("inf")}, {"seeded_noise": True}),
+        ({"only_privatised": False}, {"mode": "none"}),
+        ({"only_privatised": False}, {"seeded_noise": True}),
         ({"tasks": ["text-classification", "image-classification"]}, {}),
     ],
 )
@@ -262,3 +260,14 @@ def test_a_delta_that_allows_publishing_a_record_is_refused():
 def test_the_public_figure_stands_for_the_count():
     assert rules().counts(123) == 123
     assert rules(public_records=200).counts(123) == 200
+
+
+def test_a_run_without_a_guarantee_is_bound_by_those_that_protect_their_records(tmp_path):
+    """Its own data set allows it; one that shares records with it may not."""
+    text = two_sets("/data/a.npz", "/data/b.npz") + "only-privatised = false\n"
+    policy = load(tmp_path, text)
+    free = dataclasses.replace(ASKED, mode="none")
+    assert set(policy.limits()) == set(policy.limits(ASKED)) == {"scans", "texts"}
+    assert set(policy.limits(free)) == {"scans"}
+    seeded = dataclasses.replace(ASKED, seeded_noise=True)
+    assert set(policy.limits(seeded)) == {"scans"}

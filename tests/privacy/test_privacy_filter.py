@@ -195,6 +195,17 @@ def test_any_limit_has_orders_that_can_be_computed(epsilon, delta):
     assert 0 <= spent < math.inf
 
 
+@pytest.mark.parametrize("epsilon", [0.5, 3.0, 30.0])
+def test_delta_is_shared_out_over_the_first_plan_and_all_orders(epsilon):
+    """Which order is the best shows at the end only, so each needs a share of its own."""
+    limit = BudgetLimit(epsilon, 1e-5)
+    for order in limit.orders:
+        rdp = limit._allowance(order)
+        back = math.exp((order - 1) * (rdp - epsilon)) / (order - 1) * (1 - 1 / order) ** order
+        assert back * len(limit.orders) == pytest.approx(1e-5 - limit.plan_delta)
+    assert limit.plan_delta == 5e-6
+
+
 @pytest.mark.parametrize("plans", [1, 3])
 def test_what_is_left_is_what_one_more_release_may_cost(plans):
     limit = BudgetLimit(4.0, 1e-5)

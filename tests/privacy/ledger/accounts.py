@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from privacy import BudgetLimit, Ledger, PrivacyPlan, Request
 
@@ -41,7 +42,7 @@ def request(
     inputs: str = "inputs",
     steps: int = 2,
     secure: bool = True,
-    **plan: float,
+    **plan: Any,
 ) -> Request:
     return Request(
         dataset=dataset,

@@ -143,6 +143,49 @@ def test_the_budget_holds_over_trainings(ledger):
     assert steps_of(ledger) == 8
 
 
+EVALUATED = {"evaluations": 3, "evaluation_noise_multiplier": 30.0}
+
+
+def test_each_round_of_a_plan_with_evaluations_is_charged_one(ledger):
+    records = admit(ledger, "a", 1)
+    for number in (1, 2, 3):
+        ledger.charge(request(records, server_round=number, **EVALUATED), WIDE)
+    with pytest.raises(BudgetExhausted, match="all 3 evaluations of this training are spent"):
+        ledger.charge(request(records, server_round=4, **EVALUATED), WIDE)
+    (plan,) = ledger.book().plans.values()
+    assert (plan.steps, plan.evaluations) == (6, 3)
+    assert [(one.sample_rate, one.steps) for one in plan.spendings] == [(0.1, 6), (1.0, 3)]
+
+
+def test_a_plan_of_two_kinds_is_allowed_as_a_whole_or_not_at_all(ledger):
+    """A server could choose how many steps it takes before each evaluation by what it saw."""
+    from privacy import Spending
+
+    first = [Spending(0.1, 2.0, 2), Spending(1.0, 3.0, 1)]
+    whole = [Spending(0.1, 2.0, 20), Spending(1.0, 3.0, 3)]
+    few = EVALUATED | {"evaluation_noise_multiplier": 3.0}
+    epsilon = BudgetLimit(8.0, 1e-5).spent([whole])
+    records = admit(ledger, "a", 1)
+    too_small = BudgetLimit(0.9 * epsilon, 1e-5)
+    assert too_small.allows([first])
+    with pytest.raises(BudgetExhausted):
+        ledger.charge(request(records, **few), {"a": too_small})
+    ledger.charge(request(records, **few), {"a": BudgetLimit(1.01 * epsilon, 1e-5)})
+    # With a second plan the filter decides, by what was taken.
+    ledger.charge(
+        request(records, training="small", noise_multiplier=50.0),
+        {"a": BudgetLimit(0.9 * epsilon, 1e-5)},
+    )
+
+
+def test_evaluations_whose_noise_can_be_reproduced_have_no_guarantee(ledger):
+    records = admit(ledger, "a", 1)
+    unlimited = {"a": BudgetLimit(math.inf, 1e-5)}
+    ledger.charge(request(records, secure=False, **EVALUATED), unlimited)
+    (plan,) = ledger.book().plans.values()
+    assert plan.evaluation_noise_multiplier == 0.0
+
+
 # --- records -------------------------------------------------------------------------------------
 
 
