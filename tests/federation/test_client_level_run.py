@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from flwr.app import RecordDict
 
-from cli.run import print_result
+from cli.run import ROOT, default_run_config, print_result
 from client_app.client_level import _charge_round
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
@@ -398,3 +399,15 @@ def test_a_client_takes_no_second_step_whatever_the_round_plan_says(federate):
     context.run_id = 999  # a client that nothing was asked of yet
     reply = handle_train(message, context)
     assert reply.has_error() and reply.error.code == ClientFailure.PRIVACY
+
+
+def test_the_pages_own_examples_are_accepted_as_flower_reads_them():
+    from flwr.common.config import parse_config_args
+
+    text = (ROOT / "docs" / "client-level.md").read_text(encoding="utf-8")
+    examples = re.findall(r"flwr run \. -c '([^']+)'", text)
+    modes = []
+    for example in examples:
+        config = {**default_run_config(), **parse_config_args([example])}
+        modes.append(Settings.from_run_config(config).privacy.mode)
+    assert modes == ["client", "client-distributed", "record-distributed"]
