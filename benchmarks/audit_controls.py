@@ -18,7 +18,17 @@ from flwr.app import MetricRecord
 from torch import Tensor
 
 from client_app import private_round
-from privacy import PoissonSampler, PrivacyPlan, SecureSource, hook_engine, mechanism, sampling
+from privacy import (
+    Charge,
+    Ledger,
+    PoissonSampler,
+    PrivacyPlan,
+    Request,
+    SecureSource,
+    hook_engine,
+    mechanism,
+    sampling,
+)
 from strategies import GradientEnergies, RoundPlan, kind_of
 from task.model import TaskModel
 
@@ -207,6 +217,13 @@ def _more_steps_than_charged() -> Iterator[None]:
         yield
 
 
+def _nothing_charged() -> contextlib.AbstractContextManager[object]:
+    def broken(ledger: Ledger, request: Request, limits: object) -> Charge:
+        return Charge(1, request.key, request.steps, request.steps * request.server_round)
+
+    return mock.patch.object(Ledger, "charge", broken)
+
+
 CONTROLS: Sequence[Control] = (
     Control("no noise", "canaries", _noise_times(0.0)),
     Control("a quarter of the noise", "canaries, Gaussian", _noise_times(0.25)),
@@ -227,4 +244,5 @@ CONTROLS: Sequence[Control] = (
     Control("scores from raw gradients", "scores", _scores_from_raw_gradients),
     Control("noise from a known seed", "fresh noise", _noise_from_a_known_seed),
     Control("more steps than were charged", "steps", _more_steps_than_charged),
+    Control("nothing is written into the ledger", "steps", _nothing_charged),
 )

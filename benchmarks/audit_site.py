@@ -18,6 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 
 from client_app.round_handler import handle_train
+from client_app.site import open_site
 from federation.messages import FINGERPRINT_KEY, TRAINING_KEY
 from federation.settings import Settings
 from privacy import pld_epsilon
@@ -152,6 +153,12 @@ class Site:
             state=RecordDict(),
             run_config=config,
         )
+
+    def steps_in_the_ledger(self, context: Context) -> int:
+        """All steps that the client's ledger, read anew from the disk, was charged for."""
+        settings = Settings.from_run_config(context.run_config)
+        book = open_site(settings, context).ledger.book()
+        return sum(plan.steps for plan in book.plans.values())
 
     def plan(self, server_round: int, *, steps: int = 0, **changes: object) -> RoundPlan:
         """A round that trains everything with SGD and no filter, by default of all its steps."""

@@ -1,4 +1,4 @@
-"""Record-level differential privacy for LoRA factors: plan, accountant, sampler, clipping, noise.
+"""Differential privacy for LoRA factors, of records and of clients: plans, accountants, noise.
 
 Knows nothing of Flower, of strategies or of tasks; usable on its own. Public names are
 imported when they are first asked for, so that settings can be checked without loading torch.

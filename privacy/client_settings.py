@@ -26,6 +26,8 @@ _KEYS: dict[str, tuple[tuple[str, ...], object]] = {
     "colluding_clients": (SECURE_MODES, 0),
     "registered_records": (("record-distributed",), 0),
 }
+# Of the mode in which each site accounts for itself; allowed, and without effect, without privacy.
+_OWN_ACCOUNT = ("record", "none")
 
 
 def check_sum_settings(settings: PrivacySettings) -> None:
@@ -48,6 +50,11 @@ def check_sum_settings(settings: PrivacySettings) -> None:
                 f"privacy.{_kebab(name)} must be above 0 with privacy.mode = {settings.mode!r}, "
                 f"got {value!r}"
             )
+    if settings.evaluation_noise_multiplier and settings.mode not in _OWN_ACCOUNT:
+        raise ValueError(
+            "privacy.evaluation-noise-multiplier belongs to privacy.mode = 'record', got "
+            f"{settings.evaluation_noise_multiplier:g}: accepted with mode {settings.mode!r} is 0"
+        )
     if settings.mode not in SUM_MODES:
         return
     for name in ("max_grad_norm_a", "max_grad_norm_b"):

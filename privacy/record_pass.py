@@ -60,7 +60,7 @@ class RecordPass:
                 f"{self._num_records} records"
             )
         shape = (self._num_records, positions // self._num_records, values.shape[-1])
-        return values.reshape(shape).float()
+        return values.detach().reshape(shape).float()
 
     def check_complete(self) -> None:
         """Refuse a pass in which an active tensor's layer did not report.

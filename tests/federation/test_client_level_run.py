@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,13 +12,13 @@ from dp_accounting import GaussianDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 from flwr.app import RecordDict
 
-from cli.run import print_result
+from cli.run import ROOT, default_run_config, print_result
 from client_app.client_level import _charge_round
 from client_app.round_handler import handle_train
 from federation.messages import ClientFailure
 from federation.settings import Settings, SettingsError
 from privacy import BudgetExhausted, calibrate_noise_multiplier
-from strategies import read_checkpoint
+from strategies import ROUND_PLAN_KEY, read_checkpoint
 from tests.federation.test_resume import PowerCut, killed_in_round, only_folder
 from tests.federation.tiny import changed
 
@@ -243,6 +244,8 @@ def test_a_client_masks_no_more_updates_than_the_noise_is_calibrated_for(federat
     for context in contexts.values():
         assert context.state["client-level-rounds"]["rounds"] == 2
     for message in [m for m in grid.sent if m.metadata.dst_node_id == 1][-4:-1]:
+        if ROUND_PLAN_KEY in message.content:  # as it was it would get its old reply again
+            message.content[ROUND_PLAN_KEY]["server-round"] = 3
         reply = handle_train(message, contexts[1])
     assert reply.has_error() and reply.error.code == ClientFailure.BUDGET_EXHAUSTED
     state = RecordDict()
@@ -393,6 +396,18 @@ def test_a_client_takes_no_second_step_whatever_the_round_plan_says(federate):
     message = next(m for m in grid.sent if "round-plan" in m.content)
     message.content["round-plan"]["local-steps"] = 2
     context = grid.contexts[0]
-    del context.state["budget"]
+    context.run_id = 999  # a client that nothing was asked of yet
     reply = handle_train(message, context)
     assert reply.has_error() and reply.error.code == ClientFailure.PRIVACY
+
+
+def test_the_pages_own_examples_are_accepted_as_flower_reads_them():
+    from flwr.common.config import parse_config_args
+
+    text = (ROOT / "docs" / "client-level.md").read_text(encoding="utf-8")
+    examples = re.findall(r"flwr run \. -c '([^']+)'", text)
+    modes = []
+    for example in examples:
+        config = {**default_run_config(), **parse_config_args([example])}
+        modes.append(Settings.from_run_config(config).privacy.mode)
+    assert modes == ["client", "client-distributed", "record-distributed"]
