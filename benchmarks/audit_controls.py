@@ -17,7 +17,7 @@ import numpy.typing as npt
 from flwr.app import MetricRecord
 from torch import Tensor
 
-from client_app import private_round
+from client_app import client_level, private_round
 from privacy import (
     Charge,
     Ledger,
@@ -150,7 +150,7 @@ def _batches_of_one_size() -> contextlib.AbstractContextManager[object]:
 @contextlib.contextmanager
 def _loss_in_the_reply() -> Iterator[None]:
     per_record_losses = TaskModel.per_record_losses
-    update_records = vars(private_round)["update_records"]
+    update_records = vars(client_level)["update_records"]
     last = [0.0]
 
     def noted(model: TaskModel, *others: Any, **named: Any) -> Tensor:
@@ -163,7 +163,7 @@ def _loss_in_the_reply() -> Iterator[None]:
 
     with (
         mock.patch.object(TaskModel, "per_record_losses", noted),
-        mock.patch.object(private_round, "update_records", broken),
+        mock.patch.object(client_level, "update_records", broken),
     ):
         yield
 
