@@ -129,6 +129,19 @@ def check_normaliser(site: Site, seed: int) -> Finding:
     return noise_scale(groups, _stated_noise(reply, site, records), "normaliser")
 
 
+def check_record_count(site: Site, seed: int) -> Finding:
+    """Where a policy states a figure for the record count, the normaliser goes by that figure."""
+    stated, groups = 2 * OTHERS, []
+    context = site.stating(site.config(records=OTHERS), stated)
+    with recorded(Silence()):
+        for server_round in range(1, site.rounds + 1):
+            plan = site.plan(server_round)
+            reply = site.train(context, plan)
+            groups += [value.ravel() for value in released(reply, plan).values()]
+    std = _stated_noise(reply, site, stated) * np.sqrt(site.local_steps)
+    return noise_scale([np.concatenate(groups)], std, "record count")
+
+
 def _stated_noise(reply: Reply, site: Site, records: int) -> float:
     """Noise on each value of one step's mean gradient, from public numbers: sigma C / b."""
     said = reply.statement
@@ -258,6 +271,7 @@ CHECKS: dict[str, Callable[[Site, int], Finding]] = {
     "sensitivity": check_sensitivity,
     "noise": check_noise,
     "normaliser": check_normaliser,
+    "record count": check_record_count,
     "sampling": check_sampling,
     "reply": check_reply,
     "scores": check_scores,

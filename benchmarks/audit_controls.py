@@ -20,6 +20,7 @@ from torch import Tensor
 from client_app import client_level, private_round
 from privacy import (
     Charge,
+    DatasetRules,
     Ledger,
     PoissonSampler,
     PrivacyPlan,
@@ -224,6 +225,13 @@ def _nothing_charged() -> contextlib.AbstractContextManager[object]:
     return mock.patch.object(Ledger, "charge", broken)
 
 
+def _divide_by_the_private_count() -> contextlib.AbstractContextManager[object]:
+    def broken(rules: DatasetRules, records: int) -> int:
+        return records
+
+    return mock.patch.object(DatasetRules, "counts", broken)
+
+
 CONTROLS: Sequence[Control] = (
     Control("no noise", "canaries", _noise_times(0.0)),
     Control("a quarter of the noise", "canaries, Gaussian", _noise_times(0.25)),
@@ -237,6 +245,7 @@ CONTROLS: Sequence[Control] = (
         _clipping(lambda clip, g, norm: {n: clip({n: v}, norm)[n] for n, v in g.items()}),
     ),
     Control("divided by the drawn batch", "normaliser", _divide_by_the_drawn_batch),
+    Control("divided by the private record count", "record count", _divide_by_the_private_count),
     Control("sampled 1.5 times as often as accounted", "sampling", _sample_more_often),
     Control("empty batches are drawn again", "sampling", _skip_empty_batches),
     Control("shuffled batches of one size", "sampling", _batches_of_one_size),

@@ -21,7 +21,7 @@ from client_app.round_handler import handle_train
 from client_app.site import open_site
 from federation.messages import FINGERPRINT_KEY, TRAINING_KEY
 from federation.settings import Settings
-from privacy import pld_epsilon
+from privacy import Ledger, pld_epsilon
 from strategies import PRIVACY_KEY, ROUND_PLAN_KEY, WIRE_KEY, RoundPlan
 from strategies.versions import version_of
 from task.model import build_task_model
@@ -153,6 +153,25 @@ class Site:
             state=RecordDict(),
             run_config=config,
         )
+
+    def stating(self, config: RunConfig, public_records: int) -> Context:
+        """A client as at a site, whose policy states this figure in place of its record count."""
+        data = Path(str(config["data.path"]))
+        folder = self._folder / "sites" / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        Ledger.create(folder / "ledger", folder / "head.json")
+        policy = folder / "policy.toml"
+        policy.write_text(
+            f'[ledger]\npath = "{folder / "ledger"}"\nhead = "{folder / "head.json"}"\n'
+            f'[datasets.audited]\ndata-paths = ["{data}"]\nmax-epsilon = 1000.0\n'
+            'max-delta = 1e-4\nmin-records = 1\ntasks = ["image-classification"]\n'
+            # The audit's own seeds are no secure noise.
+            f"only-privatised = false\npublic-records = {public_records}\n"
+        )
+        policy.chmod(0o600)
+        context = self.context({**config, "data.path": ""})
+        context.node_config = {"data-path": str(data), "policy": str(policy)}
+        return context
 
     def steps_in_the_ledger(self, context: Context) -> int:
         """All steps that the client's ledger, read anew from the disk, was charged for."""
