@@ -35,6 +35,8 @@ NOT_COVERED = {
     "The server's printed epsilon": "These numbers are the clients' word; a site's own account, "
     "over all runs, is its ledger.",
     "Limits that are raised": "Limits of a site's policy that are raised later.",
+    "Copies that hashes do not recognise": "Copies of a record that a site's ledger cannot tell.",
+    "A site that allows more": "A site whose policy lets updates without noise leave.",
     "The model's use": "What a prediction tells about a group of people.",
 }
 

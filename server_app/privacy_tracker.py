@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from flwr.app import ConfigRecord, Message
 from flwr.common import log
+from scipy.stats import binom
 
 from privacy import composed_epsilon
 from privacy.accounting import LARGEST_NOISE_MULTIPLIER, SMALLEST_NOISE_MULTIPLIER
@@ -164,14 +165,18 @@ class PrivacyTracker:
 
 
 def _rough_epsilon(one: Statement, delta: float) -> float:
-    """Size of epsilon by the central limit: ``mu^2 / 2 + mu sqrt(2 ln(1 / delta))``.
+    """Size of epsilon, ``mu^2 / 2 + mu sqrt(2 ln(1 / delta))`` with the smaller of two mu.
 
-    ``mu = q sqrt(T (e^(1 / sigma^2) - 1))`` (Bu et al., 2020).  Not a bound; it only tells numbers
-    worth an accountant from absurd ones.
+    The central limit's is ``q sqrt(T (e^(1 / sigma^2) - 1))`` (Bu et al., 2020), far too large for
+    little noise at small rates.  There the other is right: but for a chance of delta / 2 a record
+    is in at most k steps, which are at most one Gaussian with ``sqrt(k) / sigma``.  No bound; it
+    only tells numbers worth an accountant from absurd ones.
     """
     growth = math.expm1(min(one.noise_multiplier**-2, 500.0))
-    mu = one.sample_rate * math.sqrt(one.steps * growth)
-    return mu**2 / 2 + mu * math.sqrt(2 * math.log(1 / delta))
+    limit = one.sample_rate * math.sqrt(one.steps * growth)
+    most = float(binom.isf(delta / 2, one.steps, one.sample_rate))
+    mu = min(limit, math.sqrt(most) / one.noise_multiplier)
+    return mu**2 / 2 + mu * math.sqrt(2 * math.log(2 / delta))
 
 
 def _packed(one: Statement | None) -> dict[str, Any] | None:

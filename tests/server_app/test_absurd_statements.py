@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from privacy import calibrate_noise_multiplier
 from server_app.privacy_tracker import PrivacyTracker
 from tests.server_app.test_privacy_tracker import epsilon_of, stated
 
@@ -21,7 +22,7 @@ def tracker() -> PrivacyTracker:
         {"sample_rate": 5e-324, "noise_multiplier": 1e5},
         {"sample_rate": 1e-12},
         {"sample_rate": 1.0, "noise_multiplier": 0.15, "steps": 2400},
-        {"sample_rate": 1.0, "noise_multiplier": 0.15, "steps": 1},
+        {"sample_rate": 1.0, "noise_multiplier": 0.15, "steps": 4},
         {"sample_rate": 1.0, "noise_multiplier": 0.3, "steps": 600},
     ],
 )
@@ -57,3 +58,14 @@ def test_honest_numbers_and_a_few_restarts_are_still_told():
     for steps in (4, 8, 4, 8, 2):
         one.observe(1, stated(steps=steps))
     assert one.largest_epsilon() == pytest.approx(epsilon_of(steps=18))
+
+
+def test_an_honest_client_with_little_noise_at_a_small_rate_is_believed():
+    """Mistake: a plan of epsilon 100 taken for an absurd one."""
+    rate, steps = 0.001, 1000
+    noise = calibrate_noise_multiplier(
+        target_epsilon=30.0, target_delta=1e-5, sample_rate=rate, steps=steps
+    )
+    one = PrivacyTracker(1e-5, steps, target_epsilon=30.0)
+    one.observe(1, stated(sample_rate=rate, noise_multiplier=noise, steps=steps))
+    assert 29.0 < one.largest_epsilon() <= 30.0
