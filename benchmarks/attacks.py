@@ -11,7 +11,6 @@ docs/attacks.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import multiprocessing
 import os
@@ -40,7 +39,7 @@ from .attack_membership import Game, play, rows_of, write_adapters, write_sites
 from .attack_pixels import Search, reconstruct, references
 from .attack_site import LEVELS, TRAINED, Server, ask_site, run_config, site_context, write_records
 from .attack_table import draw_figure, table
-from .report import Bars, Rows, bar, finish, inside_a_run, progress
+from .report import Bars, Rows, bar, finish, inside_a_run, progress, quiet
 
 # Probability that any check fails in a run although every guarantee holds.
 FALSE_ALARM = 1e-3
@@ -145,7 +144,7 @@ def set_scene(folder: Path, size: Size, seed: int) -> Rows:
     server = Server(config)
     context = site_context(config, write_records(folder / "warm-up.npz", *parts[0]))
     adapters = [server.start()]
-    with _without_seed_warning():
+    with quiet("privacy.randomness"):
         for number in range(1, _WARM_UP_ROUNDS + size.rounds + 1):
             plan = RoundPlan(
                 server_round=number,
@@ -284,18 +283,6 @@ def _be_a_worker() -> None:
     inside_a_run()
     torch.set_num_threads(1)
     logging.getLogger("timm").setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def _without_seed_warning() -> Iterator[None]:
-    """Other records make the server's adapters from a seed, without privacy, on purpose."""
-    logger = logging.getLogger("privacy.randomness")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 if __name__ == "__main__":

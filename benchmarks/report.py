@@ -131,9 +131,9 @@ def inside_a_run() -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the strategies' lines on each round out of a benchmark's own."""
-    logger = logging.getLogger("flwr")
+def quiet(name: str = "flwr") -> Iterator[None]:
+    """Keep a logger's lines out of a benchmark's own; by default the strategies' on each round."""
+    logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -15,7 +15,7 @@ from benchmarks.audit_checks import CHECKS
 from benchmarks.audit_controls import CONTROLS, Control
 from benchmarks.audit_runs import canary_run, two_world_bound
 from benchmarks.audit_site import ClientRefused, Site, released
-from client_app import round_handler
+from client_app import private_round, round_handler
 from client_app.session import forget
 from privacy import pld_epsilon
 from privacy.audit import Canaries, recorded
@@ -49,7 +49,7 @@ def test_a_control_that_breaks_down_is_no_detection(site):
     """A fault of the control itself must not pass for a privacy fault that was noticed."""
 
     def broken():
-        return mock.patch.object(round_handler, "train_round", side_effect=TypeError("mine"))
+        return mock.patch.object(private_round, "train_round", side_effect=TypeError("mine"))
 
     with pytest.raises(ClientRefused) as caught:
         try_control(Control("broken", "steps", broken), site, 0)

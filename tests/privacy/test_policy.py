@@ -240,7 +240,10 @@ def test_a_run_that_asks_for_more_is_refused(changes, asked, says):
     ],
 )
 def test_a_run_that_asks_for_less_is_allowed(changes, asked):
-    rules(**changes).check(dataclasses.replace(ASKED, **asked))
+    one = rules(**changes)
+    assert one.check(dataclasses.replace(ASKED, **asked)) is None
+    with pytest.raises(PolicyRefusal, match="the task"):  # the very same run, for another task
+        one.check(dataclasses.replace(ASKED, **asked, task="mind-reading"))
 
 
 def test_few_records_are_refused_without_saying_how_few():

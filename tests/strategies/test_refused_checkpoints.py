@@ -237,8 +237,8 @@ def test_companions_go_on_where_they_stopped(tmp_path):
     go(path, companions={"account": Account()})
     account = Account()
     go(path, companions={"account": account}, rounds=3)
-    # Two rounds, the state saved again as soon as it was taken up, and the third round.
-    assert account.value == 4
+    # The start and two rounds, the state saved again as soon as it was taken up, the third round.
+    assert account.value == 5
     with pytest.raises(CheckpointError, match=r"run\.npz holds the states of \['account'\]"):
         go(path)
     with pytest.raises(CheckpointError, match=r"this run has \['account', 'more'\]"):
