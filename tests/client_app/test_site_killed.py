@@ -8,9 +8,11 @@ import os
 import random
 import select
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ from client_app.round_handler import handle_train
 from privacy import Ledger
 from tests.client_app.deployed import Deployed, deploy, released
 
+ROOT = Path(__file__).resolve().parents[2]
+_ALONE = "DP_LORA_TEST_OF_KILLS"
 STEPS = 2
 ROUNDS = 1000
 # Where a child is killed, and how often: from this word of its report on, within so many seconds.
@@ -27,7 +31,9 @@ SOON = {"charging": 0.03, "kept": 0.003}
 _WATCHED = ("/privacy/ledger/", "/privacy/files.py")
 
 
-def play(site, deployed: Deployed, first: int, report: int, *, die_at: int = 0) -> None:
+def play(
+    site, deployed: Deployed, first: int, report: int, *, die_at: int = 0, linger: float = 0
+) -> None:
     """Play rounds until killed; say what was charged, kept and sent, each after it was done."""
 
     def tell(*words: object) -> None:
@@ -44,6 +50,7 @@ def play(site, deployed: Deployed, first: int, report: int, *, die_at: int = 0) 
     def keeping(self, paid, reply):
         keep(self, paid, reply)
         tell("kept", hashlib.sha256(reply).hexdigest())
+        time.sleep(linger)  # between storing and sending there is little time to be killed in
 
     Ledger.charge, Ledger.keep = charging, keeping  # this process lives for this only
     context = deployed.context()
@@ -77,7 +84,11 @@ def _killer(line: int):
 class Trial:
     """One child from its start to its end by SIGKILL."""
 
-    def __init__(self, site, deployed: Deployed, first: int, *, die_at: int = 0) -> None:
+    running: ClassVar[set[int]] = set()
+
+    def __init__(
+        self, site, deployed: Deployed, first: int, *, die_at: int = 0, linger: float = 0
+    ) -> None:
         self.told: list[list] = []
         self._rest = b""
         self._read, write = os.pipe()
@@ -85,10 +96,11 @@ class Trial:
         if self.pid == 0:
             try:
                 os.close(self._read)
-                play(site, deployed, first, write, die_at=die_at)
+                play(site, deployed, first, write, die_at=die_at, linger=linger)
             finally:
                 os._exit(1)
         os.close(write)
+        self.running.add(self.pid)
 
     def listen(self, until: str, seconds: float) -> bool:
         """Take reports until one begins with this word; whether it came in time."""
@@ -112,6 +124,7 @@ class Trial:
             pass
         os.close(self._read)
         status = os.waitpid(self.pid, 0)[1]
+        self.running.discard(self.pid)
         return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
     def _take(self) -> bool:
@@ -139,16 +152,33 @@ def lines_of_a_round(site, deployed: Deployed, server_round: int) -> int:
 
 
 @pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # a child of fork has none of its parent's threads
+def no_child_outlives_the_test():
     yield
-    torch.set_num_threads(before)
+    for pid in Trial.running:  # a test that failed left one behind
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    Trial.running.clear()
 
 
 @pytest.mark.slow
-def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one_thread):
+@pytest.mark.skipif(_ALONE in os.environ, reason="is the process that the test started")
+def test_killed_at_200_points_a_client_loses_no_charge():
+    """In a process that never had threads: a child of fork has none, and would wait for them."""
+    environment = {**os.environ, _ALONE: "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", __file__],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    print(next(line for line in done.stdout.splitlines() if " kills in " in line))
+
+
+@pytest.mark.skipif(_ALONE not in os.environ, reason="runs in a process that the other test starts")
+@pytest.mark.usefixtures("no_child_outlives_the_test")
+def test_nothing_released_is_missing_after_a_kill(site, tmp_path: Path):
     """What was charged and sent is told over a pipe, and compared with what is left on disk."""
+    assert torch.get_num_threads() == 1
     deployed = deploy(tmp_path, site.config, max_epsilon=1e6)
     deployed.config["strategy.num-rounds"] = ROUNDS
     handle_train(site.message(server_round=1), deployed.context())  # model, engine, noise
@@ -165,7 +195,7 @@ def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one
             trial = Trial(site, deployed, next_round, die_at=generator.randrange(1, lines))
             dead = trial.wait()
         else:
-            trial = Trial(site, deployed, next_round)
+            trial = Trial(site, deployed, next_round, linger=0.05 * (way == "kept"))
             if way == "any time":
                 trial.listen("never said", generator.uniform(0, 1.3 * usual))
             else:
@@ -179,7 +209,7 @@ def test_killed_at_200_points_a_client_loses_no_charge(site, tmp_path: Path, one
         next_round = 1 + max([next_round - 1, *(w[1] for w in trial.told if w[0] == "round")])
     print(f"{hit} kills in {time.monotonic() - began:.0f} s; round {usual:.2f} s, {lines} lines")
     assert sum(hit.values()) == 200 and hit == KILLS
-    assert kept_and_killed >= 5, "few kills fell between storing a reply and the next round"
+    assert kept_and_killed >= 20, "few kills fell between storing a reply and the next round"
 
 
 def check(site, deployed: Deployed, trial: Trial, before: int) -> tuple[int, bool]:
