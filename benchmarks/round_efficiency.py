@@ -167,7 +167,7 @@ def round_rows(
         core_seconds = line["round_seconds"] * cores
         sums = {
             part: sum(message.get(f"{part}_seconds", 0.0) for message in own)
-            for part in ("steps", "session", "records", "calibration", "message")
+            for part in ("steps", "session", "records", "calibration", "ledger", "message")
         }
         rows.append(
             {
