@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,19 @@ def test_a_run_without_a_guarantee_is_bound_by_those_that_protect_their_records(
     assert set(policy.limits(free)) == {"scans"}
     seeded = dataclasses.replace(ASKED, seeded_noise=True)
     assert set(policy.limits(seeded)) == {"scans"}
+
+
+def test_the_pages_example_is_a_policy(tmp_path):
+    """docs/site.md, copied as it stands."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "site.md"
+    example = page.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
+    file = tmp_path / "policy.toml"
+    file.write_text(example, encoding="utf-8")
+    file.chmod(0o600)
+    one = SitePolicy.load(file).datasets["radiology"]
+    assert one.only_privatised
+    asked = dataclasses.replace(ASKED, task="text-classification", columns=("text", "label"))
+    one.check(asked)
+    table = page.read_text(encoding="utf-8").split("| key | says |")[1].split("\n\n")[0]
+    keys = {key.replace("_", "-") for key in DatasetRules.model_fields}
+    assert keys <= set(re.findall(r"`([a-z-]+)`", table))
