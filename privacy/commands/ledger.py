@@ -73,7 +73,10 @@ def run(options: argparse.Namespace) -> int:
 def _text(one: AccountStatement) -> str:
     lines = [one.dataset]
     if one.limit is None:
-        lines.append(f"  spent      epsilon {_number(one.spent)} at delta 1e-05; no limit")
+        lines.append(
+            f"  spent      epsilon {_number(one.spent)} at delta 1e-05, half of which is for further "
+            "plans; no limit"
+        )
     else:
         lines += [
             f"  limit      epsilon {one.limit.max_epsilon:g} at delta {one.limit.max_delta:g}",
