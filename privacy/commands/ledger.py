@@ -74,8 +74,8 @@ def _text(one: AccountStatement) -> str:
     lines = [one.dataset]
     if one.limit is None:
         lines.append(
-            f"  spent      epsilon {_number(one.spent)} at delta 1e-05, half of it for further plans; "
-            "no limit"
+            f"  spent      epsilon {_number(one.spent)} at delta 1e-05, "
+            "half of it for further plans; no limit"
         )
     else:
         lines += [
